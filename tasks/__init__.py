@@ -1,0 +1,1 @@
+"""Tasks: one LightningModule per kind of task, and the engine that runs them from a configuration."""

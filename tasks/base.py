@@ -1,0 +1,189 @@
+"""What every task shares: named losses, metrics per split, optimiser, schedule, and hooks for figures.
+
+A task file defines one subclass of `ZooTask`. It says which metrics count, how a batch becomes losses and
+predictions, and which figures its users look at; everything else is here or in `tasks.engine`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from zoo.attention.base import Attention
+from zoo.errors import ConfigError
+
+Batch = dict[str, Any]
+
+
+class ZooTask(L.LightningModule):
+    """Base of every task.
+
+    Args:
+        model: The network.
+        data: The data module; set up already.
+        lr: Peak learning rate, > 0.
+        weight_decay: AdamW's decay for matrices; biases, norms and embeddings have none.
+        betas: AdamW's moment decays.
+        warmup_fraction: Share of all steps over which the rate rises from zero, [0, 1).
+        schedule: "cosine" down to `min_lr_fraction`, or "constant".
+        min_lr_fraction: Last rate over peak rate.
+        auxiliary_weight: Factor on the variants' auxiliary losses (routing balance ...).
+
+    Attributes:
+        monitor: Validation metric that picks the best checkpoint.
+        mode: "max" or "min" for that metric.
+        data_kind: Kind of data module that fits; compared with the module's `kind`.
+    """
+
+    monitor: ClassVar[str] = "loss"
+    mode: ClassVar[str] = "min"
+    data_kind: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_fraction: float = 0.1,
+        schedule: str = "cosine",
+        min_lr_fraction: float = 0.01,
+        auxiliary_weight: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ConfigError(f"task.lr={lr} must be positive")
+        if not 0 <= warmup_fraction < 1:
+            raise ConfigError(f"task.warmup_fraction={warmup_fraction} is outside [0, 1)")
+        if schedule not in ("cosine", "constant"):
+            raise ConfigError(f"task.schedule={schedule!r}: choose cosine or constant")
+        self.model = model
+        # Not a submodule and not part of any copy or checkpoint: a plain reference.
+        self.__dict__["data"] = data
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, tuple(betas)
+        self.warmup_fraction, self.schedule, self.min_lr_fraction = warmup_fraction, schedule, min_lr_fraction
+        self.auxiliary_weight = auxiliary_weight
+        self.metrics = nn.ModuleDict({split: self.make_metrics() for split in ("valid", "test")})
+        self._has_auxiliary = any(
+            isinstance(m, Attention) and type(m).auxiliary_loss is not Attention.auxiliary_loss
+            for m in model.modules()
+        )
+
+    # ---------------------------------------------------------------- what a task defines
+
+    @classmethod
+    def model_arguments(cls, data: Any) -> dict[str, Any]:
+        """What the data dictate about the model: sizes, channels, classes."""
+        return {}
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named, already weighted terms; the training loss is their sum."""
+        raise NotImplementedError
+
+    def make_metrics(self) -> MetricCollection:
+        """Fresh metrics for one split, under the names of `result.json`."""
+        raise NotImplementedError
+
+    def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        """Predict one batch and update `metrics`; may keep what figures need when split == "test"."""
+        raise NotImplementedError
+
+    def figures(self, folder: Path) -> list[Path]:
+        """Draw what the task's users look at, after the test; returns the files written."""
+        return []
+
+    def example_inputs(self) -> tuple[tuple, dict]:
+        """Arguments of one forward pass of one sample, for counting FLOPs."""
+        raise NotImplementedError
+
+    def card(self) -> dict[str, Any]:
+        """Further entries of the weights' card: labels, vocabulary, scaling ..."""
+        return {}
+
+    # ---------------------------------------------------------------- Lightning
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        terms = self.losses(batch)
+        if self._has_auxiliary:
+            terms["auxiliary"] = self.auxiliary_weight * auxiliary_loss(self.model)
+        total = sum(terms.values())
+        size = batch_size(batch)
+        self.log("train/loss", total.detach(), batch_size=size, prog_bar=True)
+        if len(terms) > 1:
+            self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=size)
+        return total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.update_metrics(batch, self.metrics["valid"], "valid")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.update_metrics(batch, self.metrics["test"], "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("valid")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def compute_metrics(self, split: str) -> dict[str, float]:
+        """Metrics over everything seen in this split since the last reset."""
+        return {k: float(v) for k, v in self.metrics[split].compute().items()}
+
+    def _log_metrics(self, split: str) -> None:
+        values = self.compute_metrics(split)
+        self.log_dict({f"{split}/{k}": float(v) for k, v in values.items()}, prog_bar=split == "valid")
+        self.metrics[split].reset()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, fused=True
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        warmup = int(self.warmup_fraction * total)
+
+        def scale(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if self.schedule == "constant":
+                return 1.0
+            progress = min(1.0, (step - warmup) / max(1, total - warmup))
+            return self.min_lr_fraction + (1 - self.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with decay; vectors, embeddings and what a module lists in `no_weight_decay` without."""
+    skip = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in (
+            [n for n, _ in module.named_parameters(recurse=False)]
+            if isinstance(module, nn.Embedding)
+            else getattr(module, "no_weight_decay", ())
+        )
+    }
+    decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and n not in skip]
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not (p.ndim > 1 and n not in skip)]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Sum of the auxiliary losses of all attention modules in `model`."""
+    return sum(m.auxiliary_loss() for m in model.modules() if isinstance(m, Attention))
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples in a batch: length of its first tensor or list."""
+    first = next(iter(batch.values()))
+    return len(first)

@@ -1,0 +1,214 @@
+"""What runs beside training: exact reproducibility, averaged weights, progress lines, speed, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from tasks.base import ZooTask, batch_size
+from tasks.engine.csv_logger import MetricsCsv
+from tasks.engine.folder import write_atomic
+from zoo.errors import ConfigError, WeightsError, ZooError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there; reads tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_atomic(Path(path), lambda p: torch.save(checkpoint, p))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        return load_checkpoint(Path(path))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without unpickling anything but tensors and plain values.
+
+    Raises:
+        WeightsError: The file is missing, damaged or holds other objects.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"no checkpoint at {path}; start without resume=") from None
+    except Exception as error:
+        raise WeightsError(
+            f"cannot read checkpoint {path} ({type(error).__name__}); it is damaged or not one of ours"
+        ) from error
+
+
+class SeedEachStep(Callback):
+    """Makes the randomness of a step a function of (seed, step), so that a resumed run repeats it exactly."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        torch.manual_seed(hash((self.seed, trainer.global_step, trainer.global_rank)) & 0x7FFF_FFFF_FFFF)
+
+
+class AveragedWeights(Callback):
+    """Exponential moving average of the parameters, used for validation and test.
+
+    Args:
+        decay: Weight of the past, [0, 1). The first steps use min(decay, (1 + t) / (10 + t)), so short runs catch up.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"callbacks.ema_decay={decay} is outside [0, 1)")
+        self.decay = decay
+        self.step = 0
+        self.average: list[Tensor] = []
+        self._live: list[Tensor] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: ZooTask) -> None:
+        parameters = list(module.model.parameters())
+        if self.average:
+            self.average = [a.to(p.device) for a, p in zip(self.average, parameters, strict=True)]
+        else:
+            self.average = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: ZooTask, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in module.model.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def _exchange(self, module: ZooTask) -> None:
+        for parameter, average in zip(module.model.parameters(), self.average, strict=True):
+            live = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(live)
+
+    def on_validation_start(self, trainer: L.Trainer, module: ZooTask) -> None:
+        if trainer.state.fn == "fit":
+            self._exchange(module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: ZooTask) -> None:
+        if trainer.state.fn == "fit":
+            self._exchange(module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
+        names = [n for n, _ in module.model.named_parameters()]
+        checkpoint["ema"] = dict(zip(names, self.average, strict=True))
+        checkpoint["ema_step"] = self.step
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
+        self.average = list(checkpoint["ema"].values())
+        self.step = checkpoint["ema_step"]
+
+
+class StopOnNan(Callback):
+    """Ends a run whose loss is no longer a number; the last checkpoint is from before."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: ZooTask, outputs: Any, *args: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is not None and not math.isfinite(float(loss)):
+            raise ZooError(
+                f"the loss is {float(loss)} at step {trainer.global_step}; the last checkpoint is from before. Try "
+                f"a smaller task.lr (now {module.lr}) or trainer.gradient_clip_val"
+            )
+
+
+class Speed(Callback):
+    """Measures samples per second of training, validation left out."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.seconds = 0.0
+        self._start = 0.0
+        self.began = time.perf_counter()
+
+    def on_train_start(self, *args: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+        self.samples += batch_size(batch) * trainer.world_size
+
+
+class ProgressLines(Callback):
+    """One plain line per validated epoch, for logs and pipes."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: ZooTask) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        shown = ["train/loss", f"valid/{module.monitor}"] + [k for k in values if k.startswith("valid/")]
+        text = "  ".join(f"{k} {values[k]:.4g}" for k in dict.fromkeys(shown) if k in values)
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step}  {text}", flush=True)
+
+
+class RewindLog(Callback):
+    """Drops logged rows that a resumed run will write again."""
+
+    def on_train_start(self, trainer: L.Trainer, module: ZooTask) -> None:
+        if trainer.global_step:
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCsv):
+                    logger.rewind(trainer.global_step)
+
+
+def build_callbacks(
+    task: ZooTask,
+    folder: Path,
+    seed: int,
+    *,
+    ema_decay: float = 0.0,
+    early_stop_patience: int | None = None,
+    checkpoint_every_steps: int | None = None,
+    progress: str = "auto",
+    terminal: bool = False,
+) -> list[Callback]:
+    """The callbacks of a run.
+
+    Args:
+        ema_decay: Averaging of weights; 0 switches it off.
+        early_stop_patience: Validations without a better `task.monitor` before the run stops; None never.
+        checkpoint_every_steps: Besides every epoch, save the last state every so many steps.
+        progress: "auto" (bar on a terminal, lines elsewhere), "bar", "lines" or "none".
+        terminal: Whether standard output is one.
+    """
+    callbacks: list[Callback] = [SeedEachStep(seed), StopOnNan(), Speed(), RewindLog()]
+    if ema_decay:
+        callbacks.append(AveragedWeights(ema_decay))
+    monitor = f"valid/{task.monitor}"
+    if early_stop_patience is not None:
+        callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=early_stop_patience))
+    checkpoints = folder / "checkpoints"
+    callbacks.append(
+        ModelCheckpoint(
+            checkpoints, "best", monitor=monitor, mode=task.mode, enable_version_counter=False, auto_insert_metric_name=False
+        )
+    )
+    callbacks.append(
+        ModelCheckpoint(checkpoints, "last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False)
+    )
+    if checkpoint_every_steps is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                checkpoints, "last", every_n_train_steps=checkpoint_every_steps, enable_version_counter=False
+            )
+        )
+    if progress not in ("auto", "bar", "lines", "none"):
+        raise ConfigError(f"callbacks.progress={progress!r}: choose auto, bar, lines or none")
+    if progress == "bar" or (progress == "auto" and terminal):
+        callbacks.append(RichProgressBar())
+    elif progress != "none":
+        callbacks.append(ProgressLines())
+    return callbacks

@@ -1,0 +1,552 @@
+"""The contract that every attention mechanism fulfils.
+
+Letters: B batch, H heads, N queries, M keys, D query/key head width, E value head width, C model width.
+Tensors are [B, N, C] outside and [B, H, N, D] inside attention.
+
+A variant is one file in this folder with one class derived from `Attention` and decorated with
+`zoo.attention.registry.register_attention`. Most variants override `attend` alone. What the decorator declares
+is what `tests/attention/test_contract.py` proves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import CapabilityError, ConfigError
+
+State = dict[str, Any]
+"""What a variant carries while decoding: tensors with the batch first, and plain numbers."""
+
+
+class Pattern(StrEnum):
+    """Who may look at whom. In causal patterns query i sees the keys up to `positions[i]`."""
+
+    SELF = "self"
+    CAUSAL_SELF = "causal_self"
+    CROSS = "cross"
+    CAUSAL_CROSS = "causal_cross"
+
+    @property
+    def causal(self) -> bool:
+        return self in (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS)
+
+    @property
+    def cross(self) -> bool:
+        return self in (Pattern.CROSS, Pattern.CAUSAL_CROSS)
+
+
+class Grid(NamedTuple):
+    """Where tokens lie: `prefix` tokens without a place (class token, registers), then `shape` in row-major order."""
+
+    shape: tuple[int, ...]
+    prefix: int = 0
+
+    @property
+    def tokens(self) -> int:
+        n = self.prefix
+        size = 1
+        for s in self.shape:
+            size *= s
+        return n + size
+
+
+class BiasFactors(NamedTuple):
+    """A low-rank score bias: bias[b, h, n, m] = query[b, h, n] . key[b, h, m].
+
+    `query` is broadcastable to [B, H, N, R], `key` to [B, H, M, R].
+    """
+
+    query: Tensor
+    key: Tensor
+
+    def dense(self) -> Tensor:
+        return self.query @ self.key.transpose(-2, -1)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a variant defines. The contract tests prove every line.
+
+    Attributes:
+        patterns: Patterns that the mechanism defines.
+        strict_causal: In causal patterns an output is unchanged by any edit to later tokens. False for rules that
+            only zero the weight of later tokens.
+        key_mask: `key_mask` is honoured.
+        bias: "full" takes any bias (and factors), "factors" low-rank factors and per-key bias, "key" per-key bias
+            [B|1, H|1, 1, M], None none.
+        grid_dims: Numbers of grid axes understood, e.g. (1, 2); empty when the grid is ignored.
+        needs_grid: A grid must be given.
+        fixed_length: `length` must be given and inputs have exactly that many tokens.
+        order_sensitive: The mechanism needs an order of the keys and is refused on sets.
+        smooth: The output is a smooth function of the inputs (no top-k, hash or rounding).
+        double_backward: Second derivatives are right when built with `higher_order=True`.
+        streaming: `init_state` and `step` are defined for causal_self, and cross where that pattern is defined.
+        has_map: `attention_map` returns the implied mixing matrix.
+        signed_map: Entries of that matrix may be negative.
+        has_scores: `scores` returns the scores before normalisation.
+    """
+
+    patterns: frozenset[Pattern]
+    strict_causal: bool = True
+    key_mask: bool = True
+    bias: str | None = None
+    grid_dims: tuple[int, ...] = ()
+    needs_grid: bool = False
+    fixed_length: bool = False
+    order_sensitive: bool = False
+    smooth: bool = True
+    double_backward: bool = True
+    streaming: bool = False
+    has_map: bool = False
+    signed_map: bool = False
+    has_scores: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Analytic cost of one forward pass of one sample.
+
+    Attributes:
+        flops: Floating point operations; a multiply-add counts two.
+        bytes: Bytes read and written by the mixing at 4 bytes a number, projections left out.
+        parameters: Trainable numbers of the module.
+        state_size: Numbers kept per sample to decode the next token after M tokens.
+    """
+
+    flops: float
+    bytes: float
+    parameters: int
+    state_size: int
+
+
+class Attention(nn.Module):
+    """Multi-head attention with replaceable mixing.
+
+    Args:
+        dim: Width C of the queries' input and of the output.
+        num_heads: Number of heads H.
+        pattern: Which of the four patterns this module serves.
+        context_dim: Width of `context`; `dim` when left out. Cross patterns only.
+        value_dim: Width of a separate `value` input; values come from the keys' input when left out.
+        head_dim: Query/key width D of a head; dim // num_heads when left out.
+        value_head_dim: Value width E of a head; `head_dim` when left out.
+        length: Largest number of keys, for variants that need it fixed.
+        grid: Layout of the tokens when every call has the same one; a call may give another.
+        ordered: False when the tokens form a set: position parts switch off, order-dependent variants refuse.
+        qkv_bias: Whether the input projections have a bias.
+        dropout: Dropout probability on the output, alike for every variant.
+        higher_order: Choose paths that are differentiable twice (PINNs, forces).
+        kv_heads: Number of key/value heads; for subclasses that group queries, not a user option.
+    """
+
+    name: ClassVar[str] = "?"
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        pattern: Pattern | str,
+        context_dim: int | None = None,
+        value_dim: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        length: int | None = None,
+        grid: Grid | None = None,
+        ordered: bool = True,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        higher_order: bool = False,
+        kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pattern = Pattern(pattern)
+        self.dim, self.num_heads = dim, num_heads
+        self.kv_heads = kv_heads or num_heads
+        if head_dim is None and dim % num_heads:
+            raise ConfigError(
+                f"dim {dim} is not divisible by num_heads {num_heads}; change one or give head_dim for attention "
+                f"{self.name!r}"
+            )
+        self.head_dim = head_dim or dim // num_heads
+        self.value_head_dim = value_head_dim or self.head_dim
+        self.length, self.grid, self.ordered, self.higher_order = length, grid, ordered, higher_order
+        self._check_construction(context_dim, dropout)
+        self.separate_value = value_dim is not None
+        context_dim = context_dim or dim
+        heads, d, e = num_heads, self.head_dim, self.value_head_dim
+        if self.pattern.cross or self.separate_value:
+            key_dim = context_dim if self.pattern.cross else dim
+            self.q = nn.Linear(dim, heads * d, bias=qkv_bias)
+            self.k = nn.Linear(key_dim, self.kv_heads * d, bias=qkv_bias)
+            self.v = nn.Linear(value_dim or key_dim, self.kv_heads * e, bias=qkv_bias)
+        else:
+            # One matrix for q, k, v, under the name that timm gives it, so that ViT weights load as they are.
+            self.qkv = nn.Linear(dim, heads * d + self.kv_heads * (d + e), bias=qkv_bias)
+        self.proj = nn.Linear(heads * e, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    @property
+    def causal(self) -> bool:
+        return self.pattern.causal
+
+    # ---------------------------------------------------------------- what variants override
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Mix values.
+
+        Args:
+            q: Queries, [B, H, N, D].
+            k: Keys, [B, Hk, M, D].
+            v: Values, [B, Hk, M, E].
+            key_mask: Keys to keep, bool [B, M].
+            bias: Added to the scores, broadcastable to [B, H, N, M], or low-rank factors.
+            grid: Layout of the tokens.
+            positions: Last key that each query may see, int [N] or [B, N]; causal patterns only. Left out, queries
+                are aligned with the end of the keys: i + M - N.
+
+        Returns:
+            [B, H, N, E].
+        """
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
+        """From inputs [B, N, C], [B, M, Cc], [B, M, Cv] to mixed heads [B, H, N, E]; variants with gates override it."""
+        q, k, v = self.project(x, context, value)
+        return self.attend(q, k, v, **call)
+
+    def output(self, heads: Tensor, x: Tensor) -> Tensor:
+        """From mixed heads [B, H, N, E] to the module's output [B, N, C]."""
+        return self.proj_drop(self.proj(merge_heads(heads)))
+
+    def weights(self, q: Tensor, k: Tensor, **call: Any) -> Tensor:
+        """The mixing matrix [B, H, N, M] for projected queries and keys; variants with `has_map` define it."""
+        raise self._refuse("an attention map", "has_map")
+
+    def attend_cost(self, n: int, m: int) -> tuple[float, float]:
+        """FLOPs and bytes of the mixing of one sample with n queries and m keys."""
+        raise NotImplementedError
+
+    def state_size(self, m: int) -> int:
+        """Numbers kept per sample for decoding after m tokens; by default the keys and values."""
+        return m * self.kv_heads * (self.head_dim + self.value_head_dim)
+
+    def auxiliary_loss(self) -> Tensor:
+        """Extra loss of the last forward pass (routing balance ...); zero unless the variant has one."""
+        return self.proj.weight.new_zeros(())
+
+    # ---------------------------------------------------------------- the public call
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: Queries' input, [B, N, C].
+            context: Keys' input, [B, M, Cc]; cross patterns only.
+            value: Values' input, [B, M, Cv], when built with `value_dim`; otherwise the keys' input serves.
+            key_mask: Keys to keep, bool [B, M]; a query with no key left gets zeros from the mixing.
+            bias: Added to the scores, broadcastable to [B, H, N, M], or `BiasFactors`.
+            grid: Layout of the tokens; overrides the one given at construction.
+            positions: Last visible key of each query, int [N] or [B, N]; causal patterns only.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            CapabilityError: An argument that the variant does not define.
+            ConfigError: Shapes that contradict each other.
+        """
+        context, value, call = self._check_call(x, context, value, key_mask, bias, grid, positions)
+        return self.output(self.mix(x, context, value, **call), x)
+
+    def project(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, D], keys [B, Hk, M, D], values [B, Hk, M, E]."""
+        if hasattr(self, "qkv"):
+            h, hk, d, e = self.num_heads, self.kv_heads, self.head_dim, self.value_head_dim
+            q, k, v = self.qkv(x).split((h * d, hk * d, hk * e), dim=-1)
+        else:
+            q, k, v = self.q(x), self.k(context), self.v(value)
+        return (
+            split_heads(q, self.num_heads),
+            split_heads(k, self.kv_heads),
+            split_heads(v, self.kv_heads),
+        )
+
+    def attention_map(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        """The implied mixing matrix [B, H, N, M]; takes the arguments of `forward`.
+
+        Raises:
+            CapabilityError: The variant has no such matrix.
+        """
+        if not self.capabilities.has_map:
+            raise self._refuse("an attention map", "has_map")
+        context, value, call = self._check_call(x, context, value, **_with_defaults(call))
+        q, k, _ = self.project(x, context, value)
+        return self.weights(q, k, **call)
+
+    def scores(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        """Scores before normalisation, [B, H, N, M]; takes the arguments of `forward`.
+
+        Raises:
+            CapabilityError: The variant has no scores.
+        """
+        raise self._refuse("scores", "has_scores")
+
+    def cost(self, n: int, m: int | None = None) -> Cost:
+        """Analytic cost of n queries against m keys (n when left out)."""
+        m = n if m is None else m
+        flops, bytes_ = self.attend_cost(n, m)
+        for name, module in self.named_children():
+            if isinstance(module, nn.Linear):
+                tokens = m if name in ("k", "v") else n
+                flops += 2 * tokens * module.in_features * module.out_features
+        return Cost(flops, bytes_, sum(p.numel() for p in self.parameters()), self.state_size(m))
+
+    # ---------------------------------------------------------------- decoding
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        context: Tensor | None = None,
+        value: Tensor | None = None,
+        key_mask: Tensor | None = None,
+    ) -> State:
+        """State before the first token (causal_self), or after reading the whole `context` (cross)."""
+        self._check_streaming()
+        if self.pattern is Pattern.CROSS:
+            if context is None:
+                raise ConfigError(
+                    f"attention {self.name!r}, pattern 'cross': init_state needs context [B, M, Cc]"
+                )
+            empty = context.new_zeros(batch_size, 0, self.dim)
+            _, k, v = self.project(empty, context, context if value is None else value)
+            return {"k": k, "v": v, "key_mask": key_mask}
+        weight = self.proj.weight
+        shape = (batch_size, self.kv_heads, 0)
+        return {
+            "k": weight.new_zeros(*shape, self.head_dim),
+            "v": weight.new_zeros(*shape, self.value_head_dim),
+            "length": 0,
+        }
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token [B, 1, C] in, its output [B, 1, C] and the next state out. Equals the parallel form."""
+        self._check_streaming()
+        if self.pattern is Pattern.CROSS:
+            q = split_heads(self.q(x_t), self.num_heads)
+            heads = self.attend(q, state["k"], state["v"], key_mask=state["key_mask"])
+            return self.output(heads, x_t), state
+        q, k_t, v_t = self.project(x_t, x_t, x_t)
+        length = state["length"] + 1
+        k = _append(state["k"], k_t, length)
+        v = _append(state["v"], v_t, length)
+        heads = self.attend(q, k[:, :, :length], v[:, :, :length])
+        return self.output(heads, x_t), {"k": k, "v": v, "length": length}
+
+    # ---------------------------------------------------------------- checks
+
+    def _refuse(self, what: str, capability: str) -> CapabilityError:
+        from zoo.attention.registry import list_attention
+
+        able = ", ".join(list_attention(**{capability: True})) or "none yet"
+        return CapabilityError(f"attention {self.name!r} has no {what}; variants that do: {able}")
+
+    def _check_streaming(self) -> None:
+        if not self.capabilities.streaming:
+            raise self._refuse("step-by-step form", "streaming")
+        if self.pattern not in (Pattern.CAUSAL_SELF, Pattern.CROSS):
+            raise CapabilityError(
+                f"attention {self.name!r} was built for pattern {self.pattern.value!r}; step-by-step decoding is "
+                "defined for 'causal_self' and 'cross'"
+            )
+
+    def _check_construction(self, context_dim: int | None, dropout: float) -> None:
+        from zoo.attention.registry import list_attention
+
+        can = self.capabilities
+        if self.pattern not in can.patterns:
+            able = ", ".join(list_attention(pattern=self.pattern))
+            raise CapabilityError(
+                f"attention {self.name!r} does not define pattern {self.pattern.value!r} "
+                f"(it defines {', '.join(sorted(can.patterns))}); variants that do: {able}"
+            )
+        if not self.ordered and can.order_sensitive:
+            able = ", ".join(list_attention(pattern=self.pattern, order_sensitive=False))
+            raise CapabilityError(
+                f"attention {self.name!r} depends on the order of its tokens, which this slot's tokens do not have; "
+                f"variants for sets: {able}; or set attention.allow_order=true to use the order given"
+            )
+        if self.higher_order and not can.double_backward:
+            able = ", ".join(list_attention(pattern=self.pattern, double_backward=True))
+            raise CapabilityError(
+                f"attention {self.name!r} has no second derivative; variants that do: {able}"
+            )
+        if can.fixed_length and self.length is None:
+            raise ConfigError(f"attention {self.name!r} needs a fixed length; give length=<number of keys>")
+        if can.needs_grid and self.grid is None:
+            raise CapabilityError(
+                f"attention {self.name!r} needs the tokens' grid (axes: {', '.join(map(str, can.grid_dims))}), which "
+                "this slot does not have; give grid=Grid((rows, columns)) or choose a variant without one"
+            )
+        if self.grid is not None and can.needs_grid and len(self.grid.shape) not in can.grid_dims:
+            raise CapabilityError(
+                f"attention {self.name!r} takes grids of {', '.join(map(str, can.grid_dims))} axes, not "
+                f"{len(self.grid.shape)}"
+            )
+        if context_dim is not None and not self.pattern.cross:
+            raise ConfigError(
+                f"context_dim={context_dim} has no meaning for pattern {self.pattern.value!r}; use pattern='cross'"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"dropout={dropout} is outside [0, 1)")
+
+    def _check_call(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        value: Tensor | None,
+        key_mask: Tensor | None,
+        bias: Tensor | BiasFactors | None,
+        grid: Grid | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        can, label = self.capabilities, f"attention {self.name!r}"
+        if self.pattern.cross == (context is None):
+            rule = "needs context [B, M, Cc]" if self.pattern.cross else "takes no context"
+            raise ConfigError(f"{label}, pattern {self.pattern.value!r}: {rule}")
+        keys = x if context is None else context
+        if self.separate_value == (value is None):
+            rule = "was built with value_dim and needs value" if self.separate_value else "has no value_dim"
+            raise ConfigError(f"{label} {rule}")
+        values = keys if value is None else value
+        n, m = x.shape[1], keys.shape[1]
+        if values.shape[1] != m:
+            raise ConfigError(f"{label}: value has {values.shape[1]} tokens, the keys have {m}")
+        if key_mask is not None:
+            if not can.key_mask:
+                raise self._refuse("key mask", "key_mask")
+            if key_mask.dtype != torch.bool or tuple(key_mask.shape) != (x.shape[0], m):
+                raise ConfigError(
+                    f"{label}: key_mask must be bool [B, M] = [{x.shape[0]}, {m}], True = attend; got "
+                    f"{key_mask.dtype} {list(key_mask.shape)}"
+                )
+        if bias is not None:
+            self._check_bias(bias)
+        if positions is not None and not self.causal:
+            raise ConfigError(f"{label}: positions have no meaning for pattern {self.pattern.value!r}")
+        if can.fixed_length and m != self.length:
+            raise ConfigError(f"{label} was built for {self.length} keys, got {m}")
+        grid = grid or self.grid
+        if grid is not None and not self.pattern.cross and grid.tokens != n:
+            raise ConfigError(f"{label}: grid {grid} has {grid.tokens} tokens, the input has {n}")
+        return keys, values, dict(key_mask=key_mask, bias=bias, grid=grid, positions=positions)
+
+    def _check_bias(self, bias: Tensor | BiasFactors) -> None:
+        from zoo.attention.registry import list_attention
+
+        kind = "factors" if isinstance(bias, BiasFactors) else "key" if bias.shape[-2] == 1 else "full"
+        accepted = {
+            None: (),
+            "key": ("key",),
+            "factors": ("key", "factors"),
+            "full": ("key", "factors", "full"),
+        }
+        if kind not in accepted[self.capabilities.bias]:
+            able = [n for n in list_attention(pattern=self.pattern) if _takes_bias(n, kind)]
+            raise CapabilityError(
+                f"attention {self.name!r} takes no {kind} bias; variants that do: {', '.join(able)}"
+            )
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The variant's own keyword-only arguments and their defaults: the schema of its yaml."""
+        common = set(inspect.signature(Attention.__init__).parameters)
+        parameters = inspect.signature(cls.__init__).parameters
+        return {
+            n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in common
+        }
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H*D] -> [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, N, E] -> [B, N, H*E]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def reorder_state(state: State, index: Tensor) -> State:
+    """Pick batch rows of a decoding state, as beam search does; nested states too."""
+    out: State = {}
+    for key, item in state.items():
+        if isinstance(item, Tensor):
+            item = item.index_select(0, index)
+        elif isinstance(item, dict):
+            item = reorder_state(item, index)
+        out[key] = item
+    return out
+
+
+def visible_keys(n: int, m: int, positions: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """Causal visibility, bool [N, M] or [B, 1, N, M]: True where query i may see key j."""
+    keys = torch.arange(m, device=device)
+    if positions is None:
+        return keys[None, :] <= torch.arange(n, device=device)[:, None] + (m - n)
+    visible = keys <= positions[..., None].to(keys.device)
+    return visible if positions.dim() == 1 else visible[:, None]
+
+
+def _append(cache: Tensor, item: Tensor, length: int) -> Tensor:
+    """Write `item` at `length - 1` of a buffer [B, H, capacity, D] that doubles when it is full."""
+    if cache.shape[2] < length:
+        room = cache.new_zeros(*cache.shape[:2], max(16, cache.shape[2]), cache.shape[3])
+        cache = torch.cat((cache, room), dim=2)
+    elif torch.is_grad_enabled():
+        cache = cache.clone()
+    cache[:, :, length - 1 : length] = item
+    return cache
+
+
+def _takes_bias(name: str, kind: str) -> bool:
+    from zoo.attention.registry import get_attention
+
+    order = [None, "key", "factors", "full"]
+    return order.index(get_attention(name).capabilities.bias) >= order.index(kind)
+
+
+def _with_defaults(call: dict[str, Any]) -> dict[str, Any]:
+    return {key: call.get(key) for key in ("key_mask", "bias", "grid", "positions")}
