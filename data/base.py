@@ -142,6 +142,10 @@ class ZooData(LightningDataModule):
         """Test batches, in order."""
         return self.loader("test")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers get the data without the trainer that Lightning attaches."""
+        return {**self.__dict__, "trainer": None}
+
     # -- records -----------------------------------------------------------------------------------------
 
     @property

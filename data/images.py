@@ -18,8 +18,8 @@ from data.transforms import normalise, random_affine
 class TensorImages(ZooData):
     """Images held in memory; whole batches are augmented at once.
 
-    Batches: ``image`` float32 [B, C, H, W] (normalised), ``label`` int64 [B], ``index`` int64 [B] (number of the
-    sample in the whole set).
+    Batches: ``image`` float32 [B, C, H, W] (normalised), ``label`` int64 [B], ``index`` int64 [B] (place in
+    the split).
 
     Args:
         augment: Distort training images at random.
@@ -82,7 +82,7 @@ class TensorImages(ZooData):
         return {
             "image": normalise(images, [self._mean], [self._std]),
             "label": self._targets[index],
-            "index": index,
+            "index": torch.from_numpy(key.indices),
         }
 
     @property

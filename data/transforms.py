@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+# What Pillow raises for damaged files, depending on the format.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def random_affine(
@@ -75,7 +78,16 @@ def open_image(path: str | Path) -> Image.Image:
             return flatten_modes(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"no such image: {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read {path} as an image: {error}") from None
+
+
+def probe_image(path: str | Path) -> None:
+    """Read the header alone; raises DataError as :func:`open_image` does."""
+    try:
+        with Image.open(path):
+            pass
+    except _UNREADABLE as error:
         raise DataError(f"cannot read {path} as an image: {error}") from None
 
 
