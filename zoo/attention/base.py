@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.dropout import FastDropout
 from zoo.errors import CapabilityError, ConfigError
 
 State = dict[str, Any]
@@ -191,7 +192,7 @@ class Attention(nn.Module):
             # One matrix for q, k, v, under the name that timm gives it, so that ViT weights load as they are.
             self.qkv = nn.Linear(dim, heads * d + self.kv_heads * (d + e), bias=qkv_bias)
         self.proj = nn.Linear(heads * e, dim)
-        self.proj_drop = nn.Dropout(dropout)
+        self.proj_drop = FastDropout(dropout)
 
     @property
     def causal(self) -> bool:
@@ -511,14 +512,18 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def reorder_state(state: State, index: Tensor) -> State:
     """Pick batch rows of a decoding state, as beam search does; nested states too."""
-    out: State = {}
-    for key, item in state.items():
+
+    def pick(item: Any) -> Any:
         if isinstance(item, Tensor):
-            item = item.index_select(0, index)
-        elif isinstance(item, dict):
-            item = reorder_state(item, index)
-        out[key] = item
-    return out
+            return item.index_select(0, index)
+        if isinstance(item, dict):
+            return reorder_state(item, index)
+        if isinstance(item, tuple):
+            parts = [pick(part) for part in item]
+            return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+        return [pick(part) for part in item] if isinstance(item, list) else item
+
+    return {key: pick(item) for key, item in state.items()}
 
 
 def visible_keys(n: int, m: int, positions: Tensor | None, device: torch.device | None = None) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.dropout import FastDropout
 
 
 class DropPath(nn.Module):
@@ -44,9 +44,9 @@ def dropout_or_none(p: float) -> nn.Module:
     """Element-wise dropout, or the identity where p is zero, which saves the call's bookkeeping."""
     if not 0.0 <= p < 1.0:
         raise ConfigError(f"dropout={p} is outside [0, 1)")
-    return nn.Dropout(p) if p else nn.Identity()
+    return FastDropout(p) if p else nn.Identity()
 
 
 def depth_rates(last: float, depth: int) -> list[float]:
     """Drop-path rates of `depth` blocks, rising linearly from 0 to `last`."""
-    return torch.linspace(0.0, last, depth, dtype=torch.float64).tolist() if depth > 1 else [last] * depth
+    return [last * i / (depth - 1) for i in range(depth)] if depth > 1 else [last] * depth
