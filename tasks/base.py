@@ -155,7 +155,9 @@ class ZooTask(L.LightningModule):
             if self.schedule == "constant":
                 return 1.0
             progress = min(1.0, (step - warmup) / max(1, total - warmup))
-            return self.min_lr_fraction + (1 - self.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+            return self.min_lr_fraction + (1 - self.min_lr_fraction) * 0.5 * (
+                1 + math.cos(math.pi * progress)
+            )
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -28,7 +28,9 @@ def _only_class(package: str, name: str, base: type, kind: str) -> type:
     ]
     public = [c for c in found if not c.__name__.startswith("_")]
     if len(public) != 1:
-        raise TypeError(f"{package}/{name}.py must define one {base.__name__}, found {[c.__name__ for c in public]}")
+        raise TypeError(
+            f"{package}/{name}.py must define one {base.__name__}, found {[c.__name__ for c in public]}"
+        )
     return public[0]
 
 

@@ -137,7 +137,9 @@ class Speed(Callback):
     def on_train_batch_start(self, *args: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *args: Any
+    ) -> None:
         self.seconds += time.perf_counter() - self._start
         self.samples += batch_size(batch) * trainer.world_size
 
@@ -151,7 +153,10 @@ class ProgressLines(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         shown = ["train/loss", f"valid/{module.monitor}"] + [k for k in values if k.startswith("valid/")]
         text = "  ".join(f"{k} {values[k]:.4g}" for k in dict.fromkeys(shown) if k in values)
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step}  {text}", flush=True)
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step}  {text}",
+            flush=True,
+        )
 
 
 class RewindLog(Callback):
@@ -193,11 +198,18 @@ def build_callbacks(
     checkpoints = folder / "checkpoints"
     callbacks.append(
         ModelCheckpoint(
-            checkpoints, "best", monitor=monitor, mode=task.mode, enable_version_counter=False, auto_insert_metric_name=False
+            checkpoints,
+            "best",
+            monitor=monitor,
+            mode=task.mode,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
         )
     )
     callbacks.append(
-        ModelCheckpoint(checkpoints, "last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False)
+        ModelCheckpoint(
+            checkpoints, "last", monitor=None, save_on_train_epoch_end=True, enable_version_counter=False
+        )
     )
     if checkpoint_every_steps is not None:
         callbacks.append(

@@ -88,7 +88,11 @@ def _hydra_text(error: BaseException) -> str:
     if missing:
         group, name = missing[1].split("@")[0], missing[2]
         near = closest(name, choices(group))
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"choose from: {', '.join(choices(group))}"
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"choose from: {', '.join(choices(group))}"
+        )
         return f"unknown {group} {name!r}; {hint} see: python train.py --list {group}"
     override = re.search(r"Could not override '([^']+)'", text)
     if override:

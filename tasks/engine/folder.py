@@ -67,7 +67,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise ConfigError(f"another run is writing to {path}; wait for it or choose another folder") from None
+            raise ConfigError(
+                f"another run is writing to {path}; wait for it or choose another folder"
+            ) from None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -92,7 +94,9 @@ def git_commit() -> str | None:
     """The commit of this checkout, with "+" when files differ from it; None outside git."""
     root = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10
+        )
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10
         )

@@ -258,6 +258,13 @@ def _quiet() -> None:
     import logging
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for pattern in (".*does not have many workers.*", ".*torch.jit.script.*", ".*Checkpoint directory.*", ".*IterableDataset.*",
-                    ".*LeafSpec.*", ".*isinstance.treespec.*", ".*smaller than the logging interval.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*torch.jit.script.*",
+        ".*Checkpoint directory.*",
+        ".*IterableDataset.*",
+        ".*LeafSpec.*",
+        ".*isinstance.treespec.*",
+        ".*smaller than the logging interval.*",
+    ):
         warnings.filterwarnings("ignore", pattern)

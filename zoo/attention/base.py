@@ -495,9 +495,7 @@ class Attention(nn.Module):
         """The variant's own keyword-only arguments and their defaults: the schema of its yaml."""
         common = set(inspect.signature(Attention.__init__).parameters)
         parameters = inspect.signature(cls.__init__).parameters
-        return {
-            n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in common
-        }
+        return {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in common}
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -72,7 +72,9 @@ def get_attention(name: str) -> type[Attention]:
     return _registered[name]
 
 
-def list_attention(name: str = "*", *, pattern: Pattern | str | None = None, **capabilities: Any) -> list[str]:
+def list_attention(
+    name: str = "*", *, pattern: Pattern | str | None = None, **capabilities: Any
+) -> list[str]:
     """Names of variants that match.
 
     Args:
@@ -87,9 +89,7 @@ def list_attention(name: str = "*", *, pattern: Pattern | str | None = None, **c
         if field not in Capabilities.__dataclass_fields__:
             raise unknown("capability", field, Capabilities.__dataclass_fields__)
         value_of = {n: getattr(get_attention(n).capabilities, field) for n in names}
-        names = [
-            n for n in names if (bool(value_of[n]) if wanted is True else value_of[n] == wanted)
-        ]
+        names = [n for n in names if (bool(value_of[n]) if wanted is True else value_of[n] == wanted)]
     return names
 
 

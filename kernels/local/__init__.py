@@ -1,0 +1,89 @@
+"""Token-local helpers: rotary positions and depthwise convolutions along a sequence or over a grid.
+
+B batch, H heads, N tokens, D head width, C channels. These are memory bound; torch's own kernels serve them on every device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rope_frequencies(pairs: int, base: float = 10000.0, *, closed: bool = False) -> Tensor:
+    """Angular frequencies of `pairs` rotary pairs, float32 [pairs].
+
+    Args:
+        pairs: Number of channel pairs.
+        base: Ratio of the fastest to the slowest rotation.
+        closed: Exponents run over [0, 1] with both ends (MALA); otherwise over [0, 1) (RoFormer).
+    """
+    steps = torch.linspace(0, 1, pairs) if closed else torch.arange(pairs) / pairs
+    return base**-steps
+
+
+def rope_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Angles [..., N, A * pairs] for positions [..., N, A] on A axes; channels are split evenly among the axes."""
+    return (positions[..., None].to(frequencies.dtype) * frequencies).flatten(-2)
+
+
+def grid_positions(shape: tuple[int, ...], prefix: int = 0, device: torch.device | None = None) -> Tensor:
+    """Coordinates [prefix + prod(shape), A] of row-major tokens; prefix tokens sit at the origin."""
+    axes = torch.meshgrid(*(torch.arange(s, device=device) for s in shape), indexing="ij")
+    places = torch.stack(axes, -1).flatten(0, -2)
+    return torch.cat((places.new_zeros(prefix, len(shape)), places))
+
+
+def rotate(x: Tensor, angles: Tensor, *, layout: str = "interleaved") -> Tensor:
+    """Rotate channel pairs.
+
+    Args:
+        x: [B, H, N, D], D even.
+        angles: [N, D/2] or broadcastable to [B, H, N, D/2].
+        layout: "interleaved" pairs channels (0, 1), (2, 3) ...; "half" pairs (0, D/2), (1, D/2 + 1) ...
+    """
+    if x.shape[-1] != 2 * angles.shape[-1]:
+        raise ValueError(
+            f"rotate: {angles.shape[-1]} angles need {2 * angles.shape[-1]} channels, got {x.shape[-1]}"
+        )
+    if layout not in ("interleaved", "half"):
+        raise ValueError(f"rotate: layout {layout!r} is unknown; choose interleaved or half")
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = (x[..., ::2], x[..., 1::2]) if layout == "interleaved" else x.chunk(2, -1)
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(turned, -1).flatten(-2) if layout == "interleaved" else torch.cat(turned, -1)
+
+
+def depthwise_sequence(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
+    """Depthwise convolution along tokens: x [B, N, C], weight [C, 1, K] -> [B, N, C].
+
+    Args:
+        causal: Token t sees t - K + 1 ... t; otherwise the window is centred.
+    """
+    taps, channels = weight.shape[-1], x.shape[-1]
+    left = taps - 1 if causal else (taps - 1) // 2
+    padded = F.pad(x.transpose(1, 2), (left, taps - 1 - left))
+    return F.conv1d(padded, weight, bias, groups=channels).transpose(1, 2)
+
+
+def depthwise_grid(
+    x: Tensor, shape: tuple[int, int], weight: Tensor, bias: Tensor | None = None, prefix: int = 0
+) -> Tensor:
+    """Centred depthwise convolution over a grid: x [B, prefix + h*w, C], weight [C, 1, K, K] -> [B, h*w, C].
+
+    Prefix tokens are left out of input and output.
+    """
+    h, w = shape
+    image = x[:, prefix:].transpose(1, 2).unflatten(-1, (h, w))
+    out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
+    return out.flatten(2).transpose(1, 2)
+
+
+__all__ = [
+    "depthwise_grid",
+    "depthwise_sequence",
+    "grid_positions",
+    "rope_angles",
+    "rope_frequencies",
+    "rotate",
+]
