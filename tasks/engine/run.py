@@ -46,7 +46,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         task, factories = build_task(cfg, data)
         print_slots(cfg.task.name, factories)
         trainer = build_trainer(cfg, task, folder)
-        flops = count_flops(task, batch_of_one=task.example_inputs())
+        flops = count_flops(task.model, *task.example_inputs())
 
         began = time.perf_counter()
         last = folder / "checkpoints" / "last.ckpt"

@@ -1,0 +1,70 @@
+"""From raw input to a prediction that a person can read: one file per task, named after it.
+
+A predictor needs the weights and their card, nothing of `tasks` or `data`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zoo.errors import DataError, WeightsError
+
+
+class Predictor:
+    """A trained model with its preprocessing.
+
+    Args:
+        model: Model in evaluation mode.
+        card: Its card; `preprocessing` and `labels` say how to use it.
+    """
+
+    def __init__(self, model: nn.Module, card: dict[str, Any]) -> None:
+        self.model, self.card = model, card
+        self.labels: list[str] = card.get("labels", [])
+        self.preprocessing: dict[str, Any] = card.get("preprocessing", {})
+
+    def preprocess(self, raw: Any) -> Any:
+        """Raw input (a path, an array ...) to model input with a batch of one."""
+        raise NotImplementedError
+
+    def predict(self, raw: Any) -> dict[str, Any]:
+        """Prediction for one raw input: plain values.
+
+        Raises:
+            DataError: The input cannot be read.
+        """
+        raise NotImplementedError
+
+    def inputs(self, arguments: list[str]) -> Iterator[str]:
+        """Expand command line arguments (folders too) to raw inputs."""
+        for argument in arguments:
+            path = Path(argument)
+            if path.is_dir():
+                yield from (str(p) for p in sorted(path.rglob("*")) if p.is_file())
+            else:
+                yield argument
+
+    def format(self, raw: Any, prediction: dict[str, Any]) -> str:
+        """One line for a person."""
+        return f"{raw}: {prediction}"
+
+
+def get_predictor(card: dict[str, Any]) -> type[Predictor]:
+    """The predictor of a card's task.
+
+    Raises:
+        WeightsError: The task has none.
+    """
+    task = card.get("task", "?")
+    for name in (task, card.get("kind", "?")):
+        if (Path(__file__).parent / f"{name}.py").exists():
+            return importlib.import_module(f"zoo.predict.{name}").TaskPredictor
+    raise WeightsError(f"weights of task {task!r} have no predictor")
+
+
+__all__ = ["DataError", "Predictor", "get_predictor"]

@@ -1,0 +1,207 @@
+"""Weights on disk: a safetensors file and a JSON card of the same stem. Nothing is unpickled, ever.
+
+The card says how to rebuild the model, how to prepare its input, what it was trained on and how good it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from zoo.attention.slots import AttentionFactory
+from zoo.errors import CapabilityError, WeightsError
+from zoo.models.registry import build_model, get_model
+
+FORMAT = 1
+
+
+def card_path(weights: Path) -> Path:
+    return weights.with_suffix(".json")
+
+
+def save_weights(path: Path, model: nn.Module, card: dict[str, Any]) -> None:
+    """Write `path` (.safetensors) and its card; each appears whole or not at all."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    _replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    card = {"format": FORMAT, "sha256": sha256(path), "bytes": path.stat().st_size, **card}
+    _replace(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card beside weights `path`.
+
+    Raises:
+        WeightsError: Missing or malformed card, or weights that are not the ones it describes.
+    """
+    file = card_path(path)
+    try:
+        card = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{path} has no card ({file.name} beside it); weights of this zoo are a .safetensors and a .json file"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"cannot read the card {file}: {error}") from None
+    if not isinstance(card, dict) or "model" not in card or card.get("format") != FORMAT:
+        raise WeightsError(f"{file} is not a card of this zoo (format {FORMAT} wanted)")
+    return card
+
+
+def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        WeightsError: Missing, corrupt or foreign file, or a hash that is not the expected one.
+    """
+    if path.suffix != ".safetensors":
+        raise WeightsError(
+            f"{path} is not a .safetensors file; files of other kinds can run code when they are read and are refused. "
+            "Convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+        )
+    if not path.exists():
+        raise WeightsError(f"no weights at {path}")
+    if expected_sha256 is not None and sha256(path) != expected_sha256:
+        raise WeightsError(
+            f"{path} is not the file that its card describes (SHA-256 differs); fetch or save it again"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+@dataclass
+class LoadReport:
+    """What loading did: names missing from the file, unknown to the model, or of another shape."""
+
+    loaded: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} tensors loaded"]
+        for name in ("missing", "unexpected", "mismatched"):
+            items = getattr(self, name)
+            if items:
+                parts.append(f"{len(items)} {name}: {', '.join(items[:6])}{' ...' if len(items) > 6 else ''}")
+        return "; ".join(parts)
+
+
+def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> LoadReport:
+    """Load a weights file into a model.
+
+    Args:
+        model: Receives the tensors; a model with `adapt_state_dict(tensors) -> tensors` may rename or resize first.
+        path: .safetensors file or a run folder.
+        strict: Refuse anything missing, unexpected or of another shape; otherwise take what fits.
+    """
+    path = resolve(path)
+    expected = read_card(path).get("sha256") if card_path(path).exists() else None
+    tensors = read_tensors(path, expected)
+    if hasattr(model, "adapt_state_dict"):
+        tensors = model.adapt_state_dict(tensors)
+    own = model.state_dict()
+    report = LoadReport(
+        missing=sorted(own.keys() - tensors.keys()), unexpected=sorted(tensors.keys() - own.keys())
+    )
+    report.mismatched = sorted(
+        f"{k} {list(tensors[k].shape)} -> {list(own[k].shape)}"
+        for k in own.keys() & tensors.keys()
+        if tensors[k].shape != own[k].shape
+    )
+    if strict and (report.missing or report.unexpected or report.mismatched):
+        raise WeightsError(
+            f"{path} does not fit {type(model).__name__}: {report}; load with strict=False to take what fits"
+        )
+    fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+    model.load_state_dict(fitting, strict=False)
+    report.loaded = len(fitting)
+    return report
+
+
+def resolve(name: str | Path) -> Path:
+    """The weights file that `name` stands for: a file, a run folder, or a name under the zoo's folders."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path / "weights.safetensors"
+    if path.suffix or path.exists():
+        return path
+    tried = []
+    for folder in (local_folder(), Path(__file__).parent / "weights"):
+        candidate = folder / f"{name}.safetensors"
+        if candidate.exists():
+            return candidate
+        tried.append(str(candidate))
+    raise WeightsError(f"no weights named {str(name)!r}; looked at {', '.join(tried)}")
+
+
+def local_folder() -> Path:
+    """Where the user's own named weights lie."""
+    root = os.environ.get("ZOO_WEIGHTS")
+    return Path(root) if root else Path.home() / ".cache" / "attention-zoo" / "weights"
+
+
+def build_from_card(card: dict[str, Any]) -> nn.Module:
+    """The model that a card describes, with fresh parameters."""
+    description, slots = card["model"], get_model(card["model"]["name"]).slots(**card["model"]["options"])
+    try:
+        factories = {
+            name: AttentionFactory(slots[name], chosen["name"], chosen["options"], allow_order=True)
+            for name, chosen in card["slots"].items()
+        }
+    except KeyError as error:
+        raise WeightsError(
+            f"the card names slot {error}, which model {description['name']!r} does not have"
+        ) from None
+    try:
+        return build_model(description["name"], attention=factories, **description["options"])
+    except (TypeError, CapabilityError) as error:
+        raise WeightsError(f"the card's model cannot be built here: {error}") from None
+
+
+def load_model(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Model in evaluation mode and card of saved weights."""
+    path = resolve(name)
+    card = read_card(path)
+    model = build_from_card(card)
+    load_weights(model, path)
+    return model.eval(), card
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+__all__ = [
+    "LoadReport",
+    "build_from_card",
+    "load_model",
+    "load_weights",
+    "read_card",
+    "resolve",
+    "save_weights",
+]
