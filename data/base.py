@@ -56,7 +56,7 @@ class ZooData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.split_seed = split_seed
-        self.labels: list[str] = []
+        self._labels: list[str] = []
         self.skipped: dict[str, str] = {}  # file -> why it was left out
         self._datasets: dict[str, Dataset] = {}
 
@@ -149,9 +149,19 @@ class ZooData(LightningDataModule):
     # -- records -----------------------------------------------------------------------------------------
 
     @property
+    def labels(self) -> list[str]:
+        """Class names; the class number is the place in this list."""
+        if not self._labels:
+            self.setup()
+        return self._labels
+
+    @labels.setter
+    def labels(self, names: list[str]) -> None:
+        self._labels = list(names)
+
+    @property
     def num_classes(self) -> int:
         """Number of labels."""
-        self.setup()
         return len(self.labels)
 
     def split_record(self) -> dict[str, Any]:

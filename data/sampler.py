@@ -137,11 +137,13 @@ class EpochLoader:
     """Iterates over the batches of a split and can save and restore its position.
 
     ``dataset[key]`` returns the whole batch for a :class:`BatchKey`, so workers need no state of their own.
-    Lightning finds ``sampler.set_epoch``, ``state_dict`` and ``load_state_dict`` by their names.
+    Lightning finds ``sampler.set_epoch``, ``state_dict`` and ``load_state_dict`` by their names; not being a
+    DataLoader keeps it from replacing the sampler.
     """
 
+    batch_sampler = None  # Lightning asks everything that has a sampler for it
+
     def __init__(self, dataset: Dataset, sampler: EpochSampler, *, num_workers: int = 0) -> None:
-        self.dataset = dataset
         self.sampler = sampler
         self._position = (0, 0)  # epoch, batches of it handed out
         self._resume: dict[str, int] | None = None
