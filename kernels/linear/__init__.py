@@ -14,10 +14,8 @@ by the number of keys: ``key_norm="mean"``; the paper's formula is ``"sum"``). C
 over the keys that a query sees.
 """
 
-from torch import (
-    Tensor,
-    searchsorted,
-)  # not "import torch": the submodule torch.py owns that name in this package
+# Not "import torch": the submodule torch.py owns that name in this package.
+from torch import Tensor, searchsorted
 
 from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions, work_dtype
 from kernels._common.choice import choose

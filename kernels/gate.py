@@ -1,0 +1,333 @@
+"""Compile gate: every Triton kernel is compiled ahead of time for every GPU target, no GPU needed.
+
+    python -m kernels.gate                      # a covering subset
+    python -m kernels.gate --full               # every case
+    python -m kernels.gate --ops linear --targets sm_90,gfx942
+
+It reads registers, spills, shared memory and tensor-core instructions from the compiled code and prints one table with the roofline
+time of each launch. It fails (exit code 1) on register spills or stack use, on more shared memory than the target has, and on a
+matrix product that does not run on tensor cores. float32 products must run there too: as three TF32 passes ("tf32x3") on NVIDIA, as
+float32 matrix instructions on AMD.
+
+**To put an operation under the gate**, define in ``kernels/<op>/triton.py`` (or ``launch.py``, where the host code has its own file)
+
+    def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]
+
+which yields one ``GateCase`` (``kernels/_common/targets.py``) per kernel and variant for "float16", "bfloat16" or "float32" and one head size.
+Take tile sizes from the same function that the launch uses; yield nothing for what the operation does not claim. Optional module
+constants ``GATE_DTYPES`` and ``GATE_DIMS`` replace the default lists below. Nothing else needs to be edited.
+
+Results are cached by the hash of source, options and Triton version under ``ZOO_KERNEL_CACHE`` (default
+``~/.cache/attention-zoo/kernels``).
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kernels._common.targets import TARGETS, GateCase, Target
+
+DTYPES = ("float16", "bfloat16", "float32")
+DIMS = (16, 32, 64, 128)
+# Tensor-core instructions: PTX of Ampere (mma.sync), Hopper (wgmma), Blackwell (tcgen05); AMD matrix instructions.
+_TENSOR = {
+    "cuda": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"),
+    "hip": re.compile(r"\bv_mfma_\w+"),
+}
+_PLAIN_DOT = re.compile(r"=\s*tt\.dot\s.*->\s*tensor<[^>]*#blocked", re.M)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which case: plain values, so that worker processes can rebuild it."""
+
+    op: str
+    target: str
+    dtype: str
+    dim: int
+    kernel: str
+    variant: str
+
+
+@dataclass
+class Result:
+    """What the compiled code uses; ``problems`` is empty if the case passes."""
+
+    registers: int
+    spills: int
+    shared: int
+    tensor: int
+    seconds: float
+    problems: list[str]
+    cached: bool = False
+
+
+def operations() -> list[str]:
+    """Names of the folders under ``kernels`` that define ``gate_cases``."""
+    root = Path(__file__).parent
+    names = sorted(p.parent.name for p in root.glob("*/triton.py"))
+    return [name for name in names if _gate_module(name) is not None]
+
+
+def _gate_module(op: str):
+    for stem in ("launch", "triton"):
+        if importlib.util.find_spec(f"kernels.{op}.{stem}") is not None:
+            module = importlib.import_module(f"kernels.{op}.{stem}")
+            if hasattr(module, "gate_cases"):
+                return module
+    return None
+
+
+def keys_of(op: str, targets: list[str], dtypes: list[str] | None = None) -> list[Key]:
+    """Every case of an operation."""
+    module = _gate_module(op)
+    out = []
+    for name in targets:
+        for dtype in dtypes or getattr(module, "GATE_DTYPES", DTYPES):
+            for dim in getattr(module, "GATE_DIMS", DIMS):
+                for case in module.gate_cases(TARGETS[name], dtype, dim):
+                    out.append(Key(op, name, dtype, dim, case.kernel.__name__, case.variant))
+    doubles = [key for key, count in Counter(out).items() if count > 1]
+    if doubles:
+        raise ValueError(
+            f"gate_cases of {op!r} yields two cases with one name: {doubles[0]}; give them different variants"
+        )
+    return out
+
+
+def covering(keys: list[Key]) -> list[Key]:
+    """A small subset in which each kernel meets, on each target, every variant, dtype, head size, and its largest head size per dtype."""
+    largest: dict[tuple, int] = {}
+    for k in keys:
+        largest[k.op, k.kernel] = max(k.dim, largest.get((k.op, k.kernel), 0))
+
+    def wants(k: Key) -> set:
+        base = (k.op, k.kernel, k.target)
+        out = {(*base, "variant", k.variant), (*base, "dtype", k.dtype), (*base, "dim", k.dim)}
+        if k.dim == largest[k.op, k.kernel]:
+            out |= {(*base, "largest", k.dtype), (*base, "largest", k.variant)}
+        return out
+
+    missing = set().union(*(wants(k) for k in keys)) if keys else set()
+    chosen = []
+    pool = [(k, wants(k)) for k in keys]
+    while missing:
+        best, gain = max(pool, key=lambda item: len(item[1] & missing))
+        chosen.append(best)
+        missing -= gain
+    order = {k: i for i, k in enumerate(keys)}
+    return sorted(chosen, key=order.__getitem__)
+
+
+def find_case(key: Key) -> GateCase:
+    for case in _gate_module(key.op).gate_cases(TARGETS[key.target], key.dtype, key.dim):
+        if case.kernel.__name__ == key.kernel and case.variant == key.variant:
+            return case
+    raise LookupError(f"no case {key}")
+
+
+def compile_case(case: GateCase, target: Target) -> Result:
+    """Compile one kernel and check what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(names):
+        if name in case.constexprs:
+            signature[name] = "constexpr"
+            constexprs[(i,)] = case.constexprs[name]
+            continue
+        signature[name] = f"*{case.pointers[name]}" if name in case.pointers else "i32"
+        if name not in case.unaligned:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    unknown = (set(case.pointers) | set(case.constexprs)) - set(names)
+    if unknown:
+        raise ValueError(f"{case.kernel.__name__} has no argument {', '.join(sorted(unknown))}")
+    start = time.perf_counter()
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, constexprs, attrs),
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    seconds = time.perf_counter() - start
+    asm, shared = compiled.asm, int(compiled.metadata.shared)
+    if target.backend == "cuda":
+        registers, spills = _cubin_usage(asm["cubin"])
+        tensor = len(_TENSOR["cuda"].findall(asm["ptx"]))
+    else:
+        text = asm["amdgcn"]
+        registers = _number(text, "vgpr_count")
+        spills = _number(text, "vgpr_spill_count") + _number(text, "sgpr_spill_count")
+        shared = max(shared, _number(text, "group_segment_fixed_size"))
+        tensor = len(_TENSOR["hip"].findall(text))
+    problems = []
+    if spills:
+        problems.append(f"spills {spills}")
+    if shared > target.shared_bytes:
+        problems.append(f"shared memory {shared} > {target.shared_bytes}")
+    if case.has_dot and not tensor:
+        problems.append("no tensor-core instruction")
+    elif _PLAIN_DOT.search(asm.get("ttgir", "")):
+        problems.append("a product without tensor cores")
+    return Result(registers, spills, shared, tensor, seconds, problems)
+
+
+def _number(text: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s*(\d+)", text)
+    if found is None:
+        raise RuntimeError(
+            f"the compiled AMD code has no .{name} entry: its format changed, adapt kernels/gate.py"
+        )
+    return int(found.group(1))
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of local memory plus stack per thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    if set(found) != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cannot read resource usage from cuobjdump: {text.strip()[:200]!r}")
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("ZOO_KERNEL_CACHE") or Path.home() / ".cache" / "attention-zoo" / "kernels")
+
+
+def _cache_file(case: GateCase, key: Key) -> Path:
+    import triton
+
+    described = json.dumps(
+        [
+            triton.__version__,
+            Path(__file__).read_text(),
+            case.kernel.cache_key,
+            asdict(key),
+            case.pointers,
+            {k: str(v) for k, v in case.constexprs.items()},
+            case.num_warps,
+            case.num_stages,
+            case.unaligned,
+        ],
+        sort_keys=True,
+    )
+    return cache_folder() / "gate" / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
+
+
+def run_case(key: Key, use_cache: bool = True) -> Result:
+    """Check one case, from the cache if nothing it depends on has changed."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
+    case = find_case(key)
+    file = _cache_file(case, key)
+    if use_cache and file.exists():
+        return Result(**{**json.loads(file.read_text()), "cached": True})
+    try:
+        result = compile_case(case, TARGETS[key.target])
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[-1]
+        return Result(0, 0, 0, 0, 0.0, [f"does not compile: {type(error).__name__}: {text[:200]}"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(asdict(result)))
+    draft.replace(file)
+    return result
+
+
+def _row(key: Key, result: Result) -> list[str]:
+    case, target = find_case(key), TARGETS[key.target]
+    roofline = ""
+    if case.cost is not None:
+        roofline = f"{case.cost.time_s(target.flops_per_s[key.dtype], target.bytes_per_s) * 1e6:.1f}"
+    verdict = "; ".join(result.problems) or "ok"
+    numbers = (result.registers, result.spills, result.shared, result.tensor)
+    return [
+        f"{key.op}/{key.kernel}", key.variant, key.target, key.dtype, str(key.dim), *map(str, numbers), roofline, case.shape, verdict,
+    ]  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> str:
+    head = "kernel variant target dtype D regs spills shared tensor roofline_us shape verdict".split()
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the gate; 0 if every case passes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.gate", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--ops", help="comma-separated operations (default: all)")
+    parser.add_argument(
+        "--targets", default=",".join(TARGETS), help="comma-separated targets (default: %(default)s)"
+    )
+    parser.add_argument("--full", action="store_true", help="every case instead of a covering subset")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--no-cache", action="store_true", help="compile again")
+    parser.add_argument("--failures", action="store_true", help="print failing cases only")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        print("kernels.gate: triton is not installed; pip install triton", file=sys.stderr)
+        return 2
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print("kernels.gate: TRITON_INTERPRET is set, which replaces the compiler; unset it", file=sys.stderr)
+        return 2
+    known = operations()
+    ops = args.ops.split(",") if args.ops else known
+    targets = args.targets.split(",")
+    for given, allowed, what in ((ops, known, "operation"), (targets, list(TARGETS), "target")):
+        wrong = [name for name in given if name not in allowed]
+        if wrong:
+            print(
+                f"kernels.gate: unknown {what} {wrong[0]!r}; choose from {', '.join(allowed)}",
+                file=sys.stderr,
+            )
+            return 2
+    keys = [key for op in ops for key in keys_of(op, targets)]
+    total = len(keys)
+    keys = keys if args.full else covering(keys)
+    start = time.perf_counter()
+    if args.jobs > 1 and len(keys) > 1:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+            results = list(pool.map(run_case, keys, [not args.no_cache] * len(keys), chunksize=4))
+    else:
+        results = [run_case(key, not args.no_cache) for key in keys]
+    rows = [_row(k, r) for k, r in zip(keys, results, strict=True) if r.problems or not args.failures]
+    print(table(rows))
+    failed = sum(bool(r.problems) for r in results)
+    cached = sum(r.cached for r in results)
+    print(
+        f"{len(keys)} of {total} cases, {failed} failed, {cached} from the cache, {time.perf_counter() - start:.0f} s"
+        + ("" if args.full else "; --full compiles all")
+    )
+    return 1 if failed or not keys else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

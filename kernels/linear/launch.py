@@ -1,0 +1,294 @@
+"""Launches the Triton kernels: tile sizes, scratch memory, grids, and the cases for the compile gate."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels._common.choice import interpreting
+from kernels._common.targets import GateCase, Target
+from kernels.linear import triton as tk
+
+MAX_HEAD_DIM = 128
+# Programs aimed at in a split sum: a few waves on the largest GPUs.
+SPLIT_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class Tiles:
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+
+def tiles(kernel: str, backend: str, dot: str, f: int, e: int) -> Tiles:
+    """Rows of tokens and columns of values per program. The same table serves launches and the compile gate."""
+    wide = max(f, e) > 64
+    if dot == "float32":
+        return Tiles(rows=32, cols=min(32, _pow2(e)), warps=4, stages=1 if backend == "hip" else 2)
+    if kernel == "state_fwd":
+        return Tiles(rows=64, cols=min(64, _pow2(e)), warps=4, stages=2)
+    return Tiles(rows=64, cols=min(64, _pow2(e)), warps=8 if wide else 4, stages=2)
+
+
+def _pow2(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def dot_types(dtype: str, feature: str, backend: str) -> tuple[str, str, str, str]:
+    """Product type and precision of the forward and of the backward; see the module docstring of ``triton.py``."""
+    exact = "ieee" if backend == "hip" else "tf32x3"
+    if dtype == "float32":
+        return "float32", exact, "float32", exact
+    one = "ieee" if backend == "hip" else "tf32"
+    if dtype == "float16":
+        wide = feature in ("exp", "sqrelu")
+        return "float32" if wide else "float16", one, "float32", one
+    return "bfloat16", one, "bfloat16", one
+
+
+def _backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def _types(t: Tensor, feature: str) -> tuple[str, str, str, str]:
+    if interpreting():
+        # bf16 products are wrong in the interpreter (triton issue 11584).
+        return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee", "float32", "ieee"
+    return dot_types(str(t.dtype)[6:], feature, _backend())
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """Kernels take any strides but the last."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(t: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if t is None else t.stride()[:3]
+
+
+def _device(t: Tensor):
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, device=like.device, dtype=dtype)
+
+
+def _token_sums(
+    x, y, rot, key_mask, weights, feature, dot, precision
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, h, m, f = x.shape
+    e = y.shape[-1]
+    t = tiles("state_fwd", _backend(), dot, f, e)
+    bf, be = min(_pow2(f), 64), min(_pow2(e), 64)
+    tiles_fe = triton.cdiv(f, bf) * triton.cdiv(e, be)
+    blocks = triton.cdiv(m, t.rows)
+    splits = max(1, min(blocks, SPLIT_PROGRAMS // max(1, b * h * tiles_fe), 1024))
+    length = triton.cdiv(blocks, splits) * t.rows
+    splits = max(1, triton.cdiv(m, length))
+    s, a, c = _new(x, b, h, splits, f, e), _new(x, b, h, splits, f), _new(x, b, h, splits, e)
+    br = _new(x, b, h, splits, f) if rot is not None else _new(x, 0)
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    with _device(x):
+        tk.linear_state_fwd_kernel[(b * h, splits, tiles_fe)](
+            x, x if rot is None else rot, y, x if mask is None else mask, *weights, s, a, br, c,
+            *_strides(x), *_strides(rot), *_strides(y), m,
+            h, m, f, e, length,
+            FEATURE=feature, HAS_ROT=rot is not None, HAS_MASK=mask is not None,
+            WEIGHTS=sum(w is not x for w in weights),
+            BF=bf, BE=be, BM=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return s.sum(2), a.sum(2), br.sum(2) if rot is not None else br, c.sum(2)
+
+
+def state_fwd(x, y, rot, key_mask, weight, feature) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y, rot = _rows(x), _rows(y), _rows(rot)
+    b, h, m, f = x.shape
+    e = y.shape[-1]
+    if 0 in (b, h, m, f, e):
+        zero = lambda *s: _new(x, *s).zero_()  # noqa: E731
+        return zero(b, h, f, e), zero(b, h, f), zero(b, h, f) if rot is not None else zero(0), zero(b, h, e)
+    dot, precision, _, _ = _types(x, feature)
+    weights = (x if weight is None else weight.contiguous(), x, x, x)
+    return _token_sums(x, y, rot, key_mask, weights, feature, dot, precision)
+
+
+def state_bwd(x, y, rot, key_mask, weight, ds, da, db, dc, feature) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y, rot = _rows(x), _rows(y), _rows(rot)
+    b, h, m, f = x.shape
+    e = y.shape[-1]
+    dx, dy = _new(x, *x.shape, dtype=x.dtype), _new(x, *y.shape, dtype=y.dtype)
+    drot = _new(x, 0) if rot is None else _new(x, *rot.shape, dtype=rot.dtype)
+    dw = _new(x, 0) if weight is None else _new(x, *weight.shape)
+    if 0 in (b, h, m, f, e):
+        return dx.zero_(), dy.zero_(), drot.zero_(), dw.zero_()
+    _, _, dot, precision = _types(x, feature)
+    t = tiles("state_bwd", _backend(), dot, f, e)
+    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    with _device(x):
+        tk.linear_state_bwd_kernel[(b * h, triton.cdiv(m, t.rows))](
+            x, x if rot is None else rot, y, x if mask is None else mask, x if weight is None else weight.contiguous(),
+            ds.contiguous(), da.contiguous(), db.contiguous(), dc.contiguous(), dx, drot, dy, dw,
+            *_strides(x), *_strides(rot), *_strides(y), m,
+            h, m, f, e,
+            FEATURE=feature, HAS_ROT=rot is not None, HAS_MASK=mask is not None, HAS_W=weight is not None,
+            BF=_pow2(f), BE=t.cols, BM=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return dx, dy, drot, dw
+
+
+def read_fwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, mode, feature) -> Tensor:
+    q, rot = _rows(q), _rows(rot)
+    b, h, n, f = q.shape
+    e = state.shape[-1]
+    out = _new(q, b, h, n, e, dtype=q.dtype)
+    if 0 in (b, h, n, f, e):
+        return out.zero_()
+    dot, precision, _, _ = _types(q, feature)
+    t = tiles("read_fwd", _backend(), dot, f, e)
+    with _device(q):
+        tk.linear_read_fwd_kernel[(b * h, triton.cdiv(n, t.rows))](
+            q, q if rot is None else rot, *_small(state, kbar, kbar_rot, vbar, gain, eps), out,
+            *_strides(q), *_strides(rot),
+            h, n, f, e,
+            FEATURE=feature, HAS_ROT=rot is not None, MODE=mode,
+            BF=_pow2(f), BE=t.cols, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return out
+
+
+def read_bwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, do, mode, feature):
+    q, rot, do = _rows(q), _rows(rot), _rows(do)
+    b, h, n, f = q.shape
+    e = state.shape[-1]
+    dq = _new(q, *q.shape, dtype=q.dtype)
+    drot = _new(q, 0) if rot is None else _new(q, *rot.shape, dtype=rot.dtype)
+    if 0 in (b, h, n, f, e):
+        zero = lambda *s: _new(q, *s).zero_()  # noqa: E731
+        return dq.zero_(), drot.zero_(), zero(b, h, f, e), zero(b, h, f), zero(b, h, f) if rot is not None else zero(0), zero(b, h, e)  # fmt: skip
+    fwd_dot, _, dot, precision = _types(q, feature)
+    t = tiles("read_bwd", _backend(), dot, f, e)
+    weights = tuple(_new(q, b, h, n) for _ in range(4))
+    with _device(q):
+        tk.linear_read_bwd_q_kernel[(b * h, triton.cdiv(n, t.rows))](
+            q, q if rot is None else rot, *_small(state, kbar, kbar_rot, vbar, gain, eps), do, dq, drot, *weights,
+            *_strides(q), *_strides(rot), *_strides(do),
+            h, n, f, e,
+            FEATURE=feature, HAS_ROT=rot is not None, MODE=mode,
+            BF=_pow2(f), BE=t.cols, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            FWD_DOT=tk.DOT_TYPES[fwd_dot], num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return dq, drot, *_token_sums(q, do, rot, None, weights, feature, dot, precision)
+
+
+def _small(state, kbar, kbar_rot, vbar, gain, eps) -> list[Tensor]:
+    present = [state, kbar, kbar if kbar_rot is None else kbar_rot, kbar if vbar is None else vbar, gain, eps]
+    return [t.contiguous() for t in present]
+
+
+GATE_BATCH, GATE_HEADS, GATE_LENGTH = 8, 16, 4096
+_SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
+    """Every kernel in the variants that linear attention and MALA launch (with and without mask, weights, rotation)."""
+    fwd, fwd_p, bwd, bwd_p = dot_types(dtype, "elu1", target.backend)
+    data = _SHORT[dtype]
+    block, col64 = max(16, dim), min(64, max(16, dim))
+    item = 4 if dtype == "float32" else 2
+    rows = GATE_BATCH * GATE_HEADS * GATE_LENGTH
+    shape = f"B{GATE_BATCH} H{GATE_HEADS} N{GATE_LENGTH} D{dim}"
+
+    def case(
+        kernel, name: str, variant: str, tensors: dict, consts: dict, passes: int, moved: int
+    ) -> GateCase:
+        dot = bwd if "bwd" in variant or "bwd" in name else fwd
+        t = tiles(name, target.backend, dot, dim, dim)
+        rows_name = "BN" if "BN" in kernel.arg_names else "BM"
+        consts = {rows_name: t.rows, **consts}
+        work = Cost(2.0 * rows * dim * dim * passes, float(rows * dim * item * moved))
+        return GateCase(
+            kernel,
+            variant,
+            tensors,
+            consts,
+            t.warps,
+            t.stages,
+            True,
+            work,
+            shape,
+            unaligned=("N", "M", "H", "smb"),
+        )
+
+    base = {n: data for n in ("X", "XR", "Y")}
+    small = {n: "fp32" for n in ("CM", "KB", "KR", "VB", "GAIN", "EPS")}
+    state_out = {n: "fp32" for n in ("WS", "WA", "WB", "WC", "S", "A", "BR", "C")}
+    for variant, rot, mask, weights in (
+        ("plain", 0, 0, 0),
+        ("mask+weight", 0, 1, 1),
+        ("rotated+mask", 1, 1, 0),
+    ):
+        consts = dict(
+            FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=bool(mask), WEIGHTS=weights,
+            BF=col64, BE=col64, DOT=tk.DOT_TYPES[fwd], PRECISION=fwd_p,
+        )  # fmt: skip
+        yield case(
+            tk.linear_state_fwd_kernel,
+            "state_fwd",
+            variant,
+            base | state_out | {"MASK": "u8"},
+            consts,
+            1,
+            2 + rot,
+        )
+    for variant, rot in (("bwd sums", 0), ("bwd sums rotated", 1)):
+        consts = dict(
+            FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=False, WEIGHTS=4,
+            BF=col64, BE=col64, DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
+        )  # fmt: skip
+        yield case(
+            tk.linear_state_fwd_kernel,
+            "state_fwd",
+            variant,
+            base | state_out | {"MASK": data},
+            consts,
+            1,
+            2 + rot,
+        )
+    for mode, rot in (("none", 0), ("denom", 0), ("mala", 0), ("mala", 1)):
+        consts = dict(
+            FEATURE="elu1", HAS_ROT=bool(rot), MODE=mode, BF=block, PRECISION=fwd_p, DOT=tk.DOT_TYPES[fwd]
+        )
+        variant = mode + (" rotated" if rot else "")
+        t = tiles("read_fwd", target.backend, fwd, dim, dim)
+        yield case(
+            tk.linear_read_fwd_kernel, "read_fwd", variant,
+            {"Q": data, "QR": data, "O": data} | small, consts | {"BE": t.cols}, 1, 2 + rot,
+        )  # fmt: skip
+        t = tiles("read_bwd", target.backend, bwd, dim, dim)
+        consts |= dict(DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p, FWD_DOT=tk.DOT_TYPES[fwd], BE=t.cols)
+        outs = {n: data for n in ("Q", "QR", "DO", "DQ")} | {n: "fp32" for n in ("WS", "WA", "WB", "WC")}
+        yield case(
+            tk.linear_read_bwd_q_kernel, "read_bwd", variant,
+            outs | small | {"DQR": data if rot else "fp32"}, consts, 1, 3 + 2 * rot,
+        )  # fmt: skip
+    for variant, rot, mask, weight in (
+        ("plain", 0, 0, 0),
+        ("mask+weight", 0, 1, 1),
+        ("rotated+mask", 1, 1, 0),
+    ):
+        t = tiles("state_bwd", target.backend, bwd, dim, dim)
+        consts = dict(
+            FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=bool(mask), HAS_W=bool(weight),
+            BF=block, BE=t.cols, DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
+        )  # fmt: skip
+        pointers = base | {n: "fp32" for n in ("W", "DS", "DA", "DB", "DC", "DW")}
+        pointers |= {"MASK": "u8", "DX": data, "DY": data, "DXR": data if rot else "fp32"}
+        yield case(tk.linear_state_bwd_kernel, "state_bwd", variant, pointers, consts, 2, 4 + 2 * rot)
