@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.attention.base import Attention, Cost, Grid, Pattern
+from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError, WeightsError, unknown
 from zoo.layers.blocks import TransformerBlock
@@ -123,22 +123,8 @@ class VisionTransformer(nn.Module):
         layer_scale: float | None = None,
         dropout: float = 0.0,
     ) -> None:
+        given = {key: value for key, value in locals().items() if key in self.sizes["micro"]}
         super().__init__()
-        given = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "stem": stem,
-            "class_token": class_token,
-            "pool": pool,
-            "init": init,
-            "position_std": position_std,
-        }
         o = self._complete(size, given)
         dim, depth, num_heads = o["dim"], o["depth"], o["num_heads"]
         _check(o, num_registers)
@@ -194,22 +180,19 @@ class VisionTransformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise stem, projections and tables; a variant's own parameters keep what it gave them."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                layers = [m for n, m in module.named_children() if n in ("qkv", "q", "k", "v", "proj")]
-            elif isinstance(module, nn.Linear) and not self._inside_attention(module):
-                layers = [module]
-            else:
-                layers = []
-            for layer in layers:
+        variants = [m for m in self.modules() if isinstance(m, Attention)]
+        foreign = {id(layer) for variant in variants for layer in variant.modules()}
+        for variant in variants:
+            for name in ("qkv", "q", "k", "v", "proj"):
+                if isinstance(layer := getattr(variant, name, None), nn.Linear):
+                    self._init_linear(layer)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and id(layer) not in foreign:
                 self._init_linear(layer)
         nn.init.trunc_normal_(self.pos_embed, std=self.position_std)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
-
-    def _inside_attention(self, layer: nn.Module) -> bool:
-        return any(layer is m for block in self.blocks for m in block.attn.modules())
 
     def _init_linear(self, layer: nn.Linear) -> None:
         if self.init == "xavier":
@@ -267,70 +250,51 @@ class VisionTransformer(nn.Module):
         """
         return self.forward_head(self.forward_features(images))
 
+    @property
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay besides norms, biases and LayerScale."""
         return {"pos_embed", "cls_token", "reg_token"}
 
-    def cost(self) -> Cost:
-        """Analytic cost of one image of `image_size`: stem, blocks and classifier; norms and activations left out."""
-        n, patches = self.grid.tokens, math.prod(self.grid.shape)
-        flops = bytes_ = 0.0
-        state = 0
-        pixels = patches * math.prod(self.patch_embed.patch_size)
-        for conv in (m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d)):
-            pixels //= math.prod(conv.stride)
-            flops += 2 * pixels * conv.weight.numel()
-        for block in self.blocks:
-            attn = block.attn.cost(n)
-            flops += attn.flops + 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-            bytes_ += attn.bytes
-            state += attn.state_size
-        if self.num_classes:
-            flops += 2 * self.head.weight.numel()
-        return Cost(flops, bytes_, sum(p.numel() for p in self.parameters()), state)
-
-    def adapt_weights(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Fit another grid's position table to this model's.
+    def adapt_state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fit another grid's position table to this model's; `load_state_dict` does it too.
 
         Args:
             weights: A state dict of this architecture, ours or timm's.
 
         Returns:
-            The state dict with `pos_embed` resampled where its grid differs (rows of missing prefix tokens are
-            dropped), and a sentence per change.
+            The state dict with `pos_embed` resampled where its grid differs. Where this model has no rows for class
+            and register tokens, these rows are added to the tokens themselves, which is the same function.
 
         Raises:
-            WeightsError: The table's grid cannot be told from its length.
+            WeightsError: The table's grid, which must be square, cannot be told from its length.
         """
+        weights = dict(weights)
         table = weights.get("pos_embed")
         if table is None or table.shape == self.pos_embed.shape or table.shape[-1] != self.dim:
-            return dict(weights), []
+            return weights
         named = [k for k in ("cls_token", "reg_token") if k in weights]
         prefix = sum(weights[k].shape[1] for k in named)
         wanted = 0 if self.no_embed_class else self.num_prefix
-        for own in dict.fromkeys((prefix, 0)):
-            side = math.isqrt(table.shape[1] - own)
-            if side * side == table.shape[1] - own and wanted in (0, own):
-                new = resample_positions(table, (side, side), self.grid.shape, prefix=own)
-                note = f"pos_embed resampled from {side}x{side} to {self.grid.shape[0]}x{self.grid.shape[1]}"
-                if own and not wanted:
-                    new, note = new[:, own:], f"{note}, {own} prefix rows dropped"
-                return {**weights, "pos_embed": new}, [note]
+        for rows in dict.fromkeys((prefix, 0)):
+            side = math.isqrt(max(0, table.shape[1] - rows))
+            if side * side + rows != table.shape[1] or wanted not in (0, rows):
+                continue
+            log.info("position table resampled from %dx%d to %dx%d", side, side, *self.grid.shape)
+            table = resample_positions(table, (side, side), self.grid.shape, prefix=rows)
+            if rows and not wanted:
+                parts = table[:, :rows].split([weights[k].shape[1] for k in named], dim=1)
+                weights |= {k: weights[k] + part for k, part in zip(named, parts, strict=True)}
+                table = table[:, rows:]
+            return weights | {"pos_embed": table}
         raise WeightsError(
             f"pos_embed has {table.shape[1]} rows for {prefix} prefix tokens and a square grid; this model needs "
             f"{self.pos_embed.shape[1]}; build it with the image_size and tokens that the weights were made for"
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        own = {
-            k: state_dict[prefix + k]
-            for k in ("pos_embed", "cls_token", "reg_token")
-            if prefix + k in state_dict
-        }
-        adapted, notes = self.adapt_weights(own)
-        for note in notes:
-            log.info(note)
-        state_dict.update({prefix + k: v for k, v in adapted.items()})
+        names = ("pos_embed", "cls_token", "reg_token")
+        own = {k: state_dict[prefix + k] for k in names if prefix + k in state_dict}
+        state_dict.update({prefix + k: v for k, v in self.adapt_state_dict(own).items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
