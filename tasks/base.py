@@ -171,13 +171,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name in (
             [n for n, _ in module.named_parameters(recurse=False)]
             if isinstance(module, nn.Embedding)
-            else getattr(module, "no_weight_decay", ())
+            else _without_decay(module)
         )
     }
     decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1 and n not in skip]
     rest = [p for n, p in model.named_parameters() if p.requires_grad and not (p.ndim > 1 and n not in skip)]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def _without_decay(module: nn.Module) -> Any:
+    """What a module names in `no_weight_decay`, an attribute or a method."""
+    names = getattr(module, "no_weight_decay", ())
+    return names() if callable(names) else names
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
