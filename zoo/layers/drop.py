@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
 from zoo.dropout import FastDropout
+from zoo.errors import ConfigError
 
 
 class DropPath(nn.Module):

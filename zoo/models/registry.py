@@ -101,9 +101,16 @@ def get_model(name: str) -> type[nn.Module]:
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """The model's keyword-only arguments and their defaults: the schema of its yaml."""
-    parameters = inspect.signature(get_model(name).__init__).parameters
-    return {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    """The model's keyword-only arguments and their defaults, inherited ones included: the schema of its yaml."""
+    options: dict[str, Any] = {}
+    for cls in get_model(name).__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        options = {**{p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}, **options}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return options
 
 
 def check_model_options(name: str, options: Mapping[str, Any]) -> None:
