@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels._common.choice import interpreting
+from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.linear import triton as tk
 
@@ -27,11 +28,15 @@ class Tiles:
 
 def tiles(kernel: str, backend: str, dot: str, f: int, e: int) -> Tiles:
     """Rows of tokens and columns of values per program. The same table serves launches and the compile gate."""
-    wide = max(f, e) > 64
+    wide, hip = max(f, e) > 64, backend == "hip"
     if dot == "float32":
-        return Tiles(rows=32, cols=min(32, _pow2(e)), warps=4, stages=1 if backend == "hip" else 2)
+        cols = 16 if wide and kernel == "state_bwd" else 32
+        warps = 8 if wide or kernel == "state_fwd" else 4
+        return Tiles(rows=32, cols=min(cols, _pow2(e)), warps=warps, stages=1 if hip or wide else 2)
     if kernel == "state_fwd":
         return Tiles(rows=64, cols=min(64, _pow2(e)), warps=4, stages=2)
+    if kernel == "state_bwd" and wide:
+        return Tiles(rows=64, cols=32, warps=8, stages=1)
     return Tiles(rows=64, cols=min(64, _pow2(e)), warps=8 if wide else 4, stages=2)
 
 

@@ -1,0 +1,172 @@
+"""Checks of the Triton kernels under the interpreter; run by test_triton_interpreter.py as ``pytest tests/kernels/interpreted.py``.
+
+Not collected on its own (the name does not start with test_): it needs TRITON_INTERPRET=1 before triton is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+from kernels.linear import linear_attention, mala, ops
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_interpreter.py"
+
+CALLS = {
+    "linear": (linear_attention, {}),
+    "linear-none": (linear_attention, {"normalize": "none"}),
+    "linear-bias": (linear_attention, {}),
+    "mala": (mala, {}),
+    "mala-sum": (mala, {"key_norm": "sum"}),
+    "mala-rotated": (mala, {}),
+}
+SIZES = {"N7M65D8E20": (7, 65, 8, 20), "N65M33D20E8": (65, 33, 20, 8), "N1M130D64E64": (1, 130, 64, 64)}
+
+
+@pytest.fixture(autouse=True)
+def nan_scratch(monkeypatch):
+    """Memory that a kernel forgets to write must show."""
+    from kernels.linear import launch
+
+    def new(like, *shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
+
+    monkeypatch.setattr(launch, "_new", new)
+    monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 12)  # three or so splits at these sizes
+
+
+def inputs(sizes, call: str, seed: int = 0, batch: int = 2, heads: int = 2):
+    gen = torch.Generator().manual_seed(seed)
+    n, m, d, e = sizes
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
+    args = {"q": new(batch, heads, n, d), "k": new(batch, heads, m, d), "v": new(batch, heads, m, e)}
+    if call == "linear-bias":
+        args["key_bias"] = new(batch, heads, m)
+    if call == "mala-rotated":
+        args["q_rot"], args["k_rot"] = new(batch, heads, n, d), new(batch, heads, m, d)
+    mask = torch.rand(batch, m, generator=gen) > 0.3
+    mask[-1] = False
+    return args, mask, new(batch, heads, n, e)
+
+
+def run(call: str, impl: str, args: dict, dtype: torch.dtype, weight: torch.Tensor, **options):
+    """Output and gradient of each input, as float64."""
+    function, extra = CALLS[call]
+    leaves = {name: t.to(dtype).requires_grad_() for name, t in args.items()}
+    given = dict(leaves)
+    if "q_rot" in given:
+        given["rotated"] = (given.pop("q_rot"), given.pop("k_rot"))
+    out = function(**given, impl=impl, **extra, **options)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad((out.double() * weight).sum(), list(leaves.values()))
+    return {"out": out.double(), **{f"d{n}": g.double() for n, g in zip(leaves, grads, strict=True)}}
+
+
+def compare(call, sizes, dtype, feature="elu1", masked=True):
+    args, mask, weight = inputs(sizes, call)
+    args = {n: t.to(dtype).double() for n, t in args.items()}  # the reference sees the same rounded numbers
+    options = {"feature": feature, "key_mask": mask if masked else None}
+    want = run(call, "reference", args, torch.float64, weight, **options)
+    have = run(call, "triton", args, dtype, weight, **options)
+    low = run(call, "torch", args, dtype, weight, **options)
+    # Band: twice the error of the torch path in the same precision plus a few roundings of the largest entry.
+    band = 24 * torch.finfo(dtype).eps
+    for name, expected in want.items():
+        error, other = (have[name] - expected).abs().max(), (low[name] - expected).abs().max()
+        limit = 2 * other + band * (expected.abs().max() + 1e-3)
+        assert error <= limit, f"{call} {name}: {error:.2e} > {limit:.2e}"
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=list(SIZES))
+def test_values_and_gradients_fp32(call, sizes):
+    compare(call, sizes, torch.float32)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_values_and_gradients_half(call, dtype):
+    compare(call, (17, 33, 20, 16), dtype, masked=dtype == torch.float16)
+
+
+@pytest.mark.parametrize("feature", ["relu", "sqrelu", "exp", "softplus"])
+def test_feature_maps(feature):
+    compare("mala", (5, 19, 8, 8), torch.float32, feature)
+
+
+@pytest.mark.parametrize("feature", ["silu", "identity", "dpfp2", "softmax"])
+def test_signed_and_wide_feature_maps(feature):
+    compare("linear-none", (5, 19, 8, 8), torch.float32, feature)
+
+
+def test_non_contiguous_inputs():
+    q, k, v = (torch.randn(2, 9, 3, 16).transpose(1, 2) for _ in range(3))
+    torch.testing.assert_close(mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5)
+    q, k, v = (torch.randn(2, 3, 16, 9).transpose(2, 3) for _ in range(3))
+    torch.testing.assert_close(mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)], ids=["B0", "N0", "M0"])
+def test_zero_sizes(shape):
+    b, h, n, m = shape
+    q, k, v = (torch.randn(b, h, s, 8, requires_grad=True) for s in (n, m, m))
+    out = mala(q, k, v, impl="triton")
+    assert out.shape == (b, h, n, 8) and (out == 0).all()
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (grad == 0).all()
+
+
+def test_extreme_numbers_stay_finite():
+    q, k, v = (torch.randn(1, 1, 9, 16) for _ in range(3))
+    for size in (1e-6, 80.0):
+        for dtype in (torch.float32, torch.float16):
+            tensors = [(size * t).to(dtype).requires_grad_() for t in (q, k)] + [v.to(dtype).requires_grad_()]
+            out = mala(*tensors, impl="triton")
+            grads = torch.autograd.grad(out.float().sum(), tensors)
+            assert all(t.isfinite().all() for t in (out, *grads)), (size, dtype)
+
+
+def test_second_derivative_is_exact_and_respects_dependent_inputs():
+    """k is a function of q: the guard must not count its path twice."""
+    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
+
+    def second(impl, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        out = linear_attention(leaf, leaf.sin(), leaf.cos(), feature="exp", impl=impl) + mala(leaf, leaf * 2, leaf, impl=impl)
+        (first,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
+        (again,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+        return first.double(), again.double()
+
+    for have, want in zip(second("triton", torch.float32), second("reference", torch.float64), strict=True):
+        assert (have - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_opcheck():
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, True, False, True, True]])
+    weight = torch.rand(1, 2, 5, requires_grad=True)
+    torch.library.opcheck(ops.state_fwd, (k, v, None, mask, weight, "elu1"))
+    torch.library.opcheck(ops.state_fwd, (k, v, q, None, None, "relu"))
+    state, kbar, vbar = (torch.randn(*s, requires_grad=True) for s in ((1, 2, 8, 8), (1, 2, 8), (1, 2, 8)))
+    kbar = kbar.detach().abs().requires_grad_()
+    ones = torch.ones(1)
+    torch.library.opcheck(ops.read_fwd, (q, None, state, kbar, None, None, ones, ones, "denom", "elu1"))
+    torch.library.opcheck(ops.read_fwd, (q, k, state, kbar, kbar, vbar, ones, ones, "mala", "elu1"))
+
+
+@pytest.mark.parametrize("call", [linear_attention, mala])
+def test_compiles_into_one_graph_around_the_operators(call):
+    args = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(lambda q, k, v: call(q, k, v, impl="triton"), fullgraph=True, backend="aot_eager")
+    want, have = call(*args, impl="torch"), compiled(*args)
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(have.sum(), args), torch.autograd.grad(want.sum(), args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_names_the_way_out():
+    q, k, v = (torch.randn(1, 1, 3, 8) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="impl='torch'"):
+        linear_attention(q, k, v, causal=True, impl="triton")
+    with pytest.raises(NotImplementedError, match="impl='torch'"):
+        mala(q.double(), k.double(), v.double(), impl="triton")
