@@ -106,9 +106,13 @@ def regular(
         )
     if len(set(sensors)) != len(sensors):
         twice = sorted({s for s in sensors if sensors.count(s) > 1})
-        raise DataError(f"sensor names occur more than once: {', '.join(twice[:5])}; rename or drop the copies")
+        raise DataError(
+            f"sensor names occur more than once: {', '.join(twice[:5])}; rename or drop the copies"
+        )
     if np.isnat(times).any():
-        raise DataError(f"{int(np.isnat(times).sum())} timestamps are empty or unreadable; fix or drop these rows")
+        raise DataError(
+            f"{int(np.isnat(times).sum())} timestamps are empty or unreadable; fix or drop these rows"
+        )
     repairs: dict[str, int] = {}
     if (np.diff(times) < np.timedelta64(0, "s")).any():
         order = np.argsort(times, kind="stable")
@@ -247,7 +251,9 @@ def check_adjacency(adjacency: np.ndarray, sensors: int) -> np.ndarray:
         )
     adjacency = adjacency.astype(np.float32)
     if not np.isfinite(adjacency).all() or (adjacency < 0).any():
-        raise DataError("an adjacency holds edge weights >= 0; this one has negative, infinite or NaN entries")
+        raise DataError(
+            "an adjacency holds edge weights >= 0; this one has negative, infinite or NaN entries"
+        )
     return adjacency
 
 

@@ -1,0 +1,123 @@
+"""Traffic forecasting: masked mean absolute error on the readings' scale; MAE, RMSE, MAPE by step ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from data.sampler import BatchKey
+from data.traffic_scores import HorizonErrors
+from tasks.base import Batch, ZooTask
+
+INPUTS = ("history", "history_seen", "clock", "known", "known_seen")
+
+
+class Traffic(ZooTask):
+    """All sensors, all steps ahead at once.
+
+    Args:
+        nonnegative: Readings cannot be negative: forecasts are cut at 0 when they are scored.
+        common: Options of `ZooTask`.
+    """
+
+    monitor = "mae"
+    mode = "min"
+    data_kind = "traffic"
+
+    def __init__(self, model: nn.Module, data: Any, *, nonnegative: bool = True, **common: Any) -> None:
+        # make_metrics, called by the base class, needs these.
+        self.__dict__["horizon"] = data.geometry.horizon
+        self.__dict__["report"] = (data.report_steps, data.mape_min)
+        super().__init__(model, data, **common)
+        self.nonnegative = nonnegative
+        give_statistics(model, data)
+        # A constant that brings the loss near one, so that gradient clipping means the same on every data set.
+        self.loss_unit = float(np.mean(data.std))
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @classmethod
+    def model_arguments(cls, data: Any) -> dict[str, Any]:
+        data.setup()
+        g = data.geometry
+        return {
+            "num_sensors": data.num_sensors,
+            "slots_per_day": data.series.slots_per_day,
+            "history_steps": g.history,
+            "horizon_steps": g.horizon,
+            "lag_steps": list(g.lags),
+        }
+
+    def make_metrics(self) -> MetricCollection:
+        steps, mape_min = self.report
+        return MetricCollection({"errors": HorizonErrors(self.horizon, steps, mape_min)})
+
+    def forecast(self, batch: Batch) -> Tensor:
+        """Readings [B, Q, N]."""
+        return self.model(**{k: batch[k] for k in INPUTS if k in batch})
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "mae": masked_mae(self.forecast(batch), batch["target"], batch["target_seen"]) / self.loss_unit
+        }
+
+    def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        forecast = self.forecast(batch)
+        if self.nonnegative:
+            forecast = forecast.clamp_min(0.0)
+        metrics.update(forecast, batch["target"], batch["target_seen"])
+        if split == "test":
+            kept = (forecast, batch["target"], batch["target_seen"])
+            self._kept.append(tuple(t.detach().cpu() for t in kept))
+
+    def on_test_epoch_start(self) -> None:
+        self._kept = []
+
+    def compute_metrics(self, split: str) -> dict[str, float]:
+        values = self.metrics[split].compute()
+        return {k.removeprefix("errors_"): float(v) for k, v in values.items() if float(v) == float(v)}
+
+    def example_inputs(self) -> tuple[tuple, dict]:
+        batch = self.data.dataset("test")[BatchKey(np.array([0]), -1, 0)]
+        return (), {k: batch[k] for k in INPUTS if k in batch}
+
+    def card(self) -> dict[str, Any]:
+        return {"nonnegative": self.nonnegative, "slots_per_day": self.data.series.slots_per_day}
+
+    def figures(self, folder: Path) -> list[Path]:
+        from tasks._traffic_figures import draw
+
+        if not self._kept:
+            return []
+        parts = [torch.cat(t).numpy() for t in zip(*self._kept, strict=True)]
+        return draw(folder, self.model, self.data, *parts)
+
+
+def masked_mae(forecast: Tensor, target: Tensor, seen: Tensor) -> Tensor:
+    """Mean absolute error over the cells that were read; zero where none was.
+
+    Args:
+        forecast: [B, Q, N].
+        target: [B, Q, N]; anything where not seen.
+        seen: bool [B, Q, N].
+    """
+    error = torch.where(seen, forecast - target, 0.0).abs()
+    return error.sum() / seen.sum().clamp_min(1)
+
+
+def give_statistics(model: nn.Module, data: Any) -> None:
+    """Fill the model's buffers: scaling from training rows, and the graph."""
+    train = data.rows["train"]
+    away = data.series.values[train] - data.profile[data.series.week_slot[train]]
+    spread = np.nan_to_num(np.nanstd(away, axis=0), nan=1.0)
+    statistics = (data.mean, data.std, data.profile, np.maximum(spread, 1e-3 * data.std))
+    adjacency = data.adjacency()
+    for module in model.modules():
+        if hasattr(module, "set_statistics"):
+            module.set_statistics(*(torch.from_numpy(np.ascontiguousarray(s)) for s in statistics))
+        if hasattr(module, "set_graph"):
+            module.set_graph(adjacency)
