@@ -45,11 +45,10 @@ def test_model_keeps_the_contract(name):
     assert issubclass(cls, nn.Module)
     assert cls.name == name
     slots = model_slots(name)
-    assert slots
     assert all(isinstance(s, Slot) for s in slots.values())
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     assert parameters[0].name == "attention"
-    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[1:])
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters[1:])
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -58,7 +57,8 @@ def test_yaml_lists_every_option_with_its_default(path):
     config = yaml.safe_load(path.read_text())
     name = config.pop("name")
     assert name == path.stem
-    assert config == registry.model_options(name)
+    defaults = registry.model_options(name)
+    assert config == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,18 @@ class Third(nn.Module):
     @classmethod
     def slots(cls, **options):
         return {"reader": Slot(Pattern.CAUSAL_SELF)}
+
+
+class Fourth(Third):
+    def __init__(self, attention, *, depth=3, **options):
+        super().__init__(attention, **options)
+
+
+def test_options_of_a_subclass_include_its_parents(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {**registry._registered, "fourth": Fourth})
+    assert registry.model_options("fourth") == {"depth": 3, "size": "big"}
+    with pytest.raises(ConfigError, match="did you mean 'depth'"):
+        create_model("fourth", dpth=2)
 
 
 def test_third_party_models_join_by_entry_point(monkeypatch):
