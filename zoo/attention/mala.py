@@ -143,7 +143,7 @@ class MalaAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        heads = kernel.mala(
+        return kernel.mala(
             q,
             k,
             v,
@@ -155,7 +155,11 @@ class MalaAttention(Attention):
             rotated=self._rotated(q, k, grid),
             eps=self.eps,
         )
-        return heads if self.lepe is None else heads + self._lepe(v, key_mask, grid)
+
+    def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
+        q, k, v = self.project(x, context, value)
+        heads = self.attend(q, k, v, **call)
+        return heads if self.lepe is None else heads + self._lepe(v, call["key_mask"], call["grid"])
 
     def _lepe(self, v: Tensor, key_mask: Tensor | None, grid: Grid | None) -> Tensor:
         """Depthwise convolution of the values over their places, [B, H, N, E]; zero at prefix tokens."""
@@ -173,6 +177,8 @@ class MalaAttention(Attention):
             out = local.depthwise_grid(flat, grid.shape, weight, bias, grid.prefix)
             if grid.prefix:
                 out = torch.cat((out.new_zeros(out.shape[0], grid.prefix, out.shape[2]), out), 1)
+        if key_mask is not None:
+            out = out.masked_fill(~key_mask[..., None], 0.0)
         return split_heads(out, self.num_heads)
 
     def output(self, heads: Tensor, x: Tensor) -> Tensor:
