@@ -53,12 +53,13 @@ def current() -> str | None:
     return None if name == "auto" else _check(name, f"environment variable {_VARIABLE}")
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter (the variable must be set before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
-@functools.lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

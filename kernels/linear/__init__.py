@@ -39,6 +39,9 @@ __all__ = [
     "mala_read",
 ]
 
+# The query gradient keeps whole rows of features in registers.
+TRITON_MAX_FEATURES = 256
+
 
 def global_state(
     phi_k: Tensor,
@@ -143,8 +146,7 @@ def linear_attention(
     _check_option(op, "normalize", normalize, ("denom", "none"))
     _check_causal(op, feature, causal, positions)
     key_bias = _check_key_bias(op, key_bias, feature, k)
-    gap = _gap(causal, initial_state)
-    impl = choose(op, impl, q, k, v, triton_gap=gap)
+    impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state, feature, q))
     if feature == "softmax":
         normalize = "none"
     dtype = v.dtype
@@ -255,7 +257,7 @@ def mala(
         initial_state.vsum is None or (initial_state.ksum_rot is None) != (rotated is None)
     ):
         raise ValueError("mala: initial_state needs vsum, and ksum_rot exactly when rotated= is given")
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state))
+    impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state, feature, q))
     dtype, work = v.dtype, work_dtype(v.dtype)
     if impl == "triton":
         from kernels.linear import ops
@@ -374,9 +376,12 @@ def _key_weight(key_bias: Tensor | None) -> Tensor | None:
     return None if key_bias is None else key_bias.to(work_dtype(key_bias.dtype)).exp()
 
 
-def _gap(causal: bool, initial_state: LinearState | None) -> str | None:
+def _gap(causal: bool, initial_state: LinearState | None, feature: Feature, q: Tensor) -> str | None:
+    """What the Triton kernels lack for this call."""
     if causal:
         return "causal=True"
+    if isinstance(feature, str) and feature_size(feature, q.shape[-1]) > TRITON_MAX_FEATURES:
+        return f"more than {TRITON_MAX_FEATURES} features"
     return None if initial_state is None else "an initial_state"
 
 

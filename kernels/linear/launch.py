@@ -13,31 +13,35 @@ from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.linear import triton as tk
 
-MAX_HEAD_DIM = 128
 # Programs aimed at in a split sum: a few waves on the largest GPUs.
 SPLIT_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
 class Tiles:
+    """Tokens, features and value channels of a program's tiles, and how it runs."""
+
     rows: int
-    cols: int
+    bf: int
+    be: int
     warps: int
     stages: int
 
 
 def tiles(kernel: str, backend: str, dot: str, f: int, e: int) -> Tiles:
-    """Rows of tokens and columns of values per program. The same table serves launches and the compile gate."""
-    wide, hip = max(f, e) > 64, backend == "hip"
+    """The same table serves launches and the compile gate.
+
+    Products in float32 split their operands into two TF32 halves held in registers: smaller tiles, one stage. All kernels but
+    ``read_bwd`` loop over features in blocks, so their registers do not depend on the head size; that one needs whole rows of features.
+    """
+    hip, wide = backend == "hip", f > 64
+    if kernel == "read_bwd":
+        if dot == "float32":
+            return Tiles(16 if hip and wide else 32, _pow2(f), min(32, _pow2(e)), 8 if wide else 4, 1)
+        return Tiles(64, _pow2(f), min(64, _pow2(e)), 8 if wide else 4, 2)
     if dot == "float32":
-        cols = 16 if wide and kernel == "state_bwd" else 32
-        warps = 8 if wide or kernel == "state_fwd" else 4
-        return Tiles(rows=32, cols=min(cols, _pow2(e)), warps=warps, stages=1 if hip or wide else 2)
-    if kernel == "state_fwd":
-        return Tiles(rows=64, cols=min(64, _pow2(e)), warps=4, stages=2)
-    if kernel == "state_bwd" and wide:
-        return Tiles(rows=64, cols=32, warps=8, stages=1)
-    return Tiles(rows=64, cols=min(64, _pow2(e)), warps=8 if wide else 4, stages=2)
+        return Tiles(32 if kernel == "state_fwd" else 64, min(32, _pow2(f)), min(32, _pow2(e)), 4, 1)
+    return Tiles(64, min(64, _pow2(f)), min(64, _pow2(e)), 4, 2 if kernel == "state_fwd" else 1)
 
 
 def _pow2(n: int) -> int:
@@ -90,7 +94,7 @@ def _token_sums(
     b, h, m, f = x.shape
     e = y.shape[-1]
     t = tiles("state_fwd", _backend(), dot, f, e)
-    bf, be = min(_pow2(f), 64), min(_pow2(e), 64)
+    bf, be = t.bf, t.be
     tiles_fe = triton.cdiv(f, bf) * triton.cdiv(e, be)
     blocks = triton.cdiv(m, t.rows)
     splits = max(1, min(blocks, SPLIT_PROGRAMS // max(1, b * h * tiles_fe), 1024))
@@ -142,7 +146,7 @@ def state_bwd(x, y, rot, key_mask, weight, ds, da, db, dc, feature) -> tuple[Ten
             *_strides(x), *_strides(rot), *_strides(y), m,
             h, m, f, e,
             FEATURE=feature, HAS_ROT=rot is not None, HAS_MASK=mask is not None, HAS_W=weight is not None,
-            BF=_pow2(f), BE=t.cols, BM=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            BF=t.bf, BE=t.be, BM=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return dx, dy, drot, dw
@@ -163,7 +167,7 @@ def read_fwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, mode, feature) -> T
             *_strides(q), *_strides(rot),
             h, n, f, e,
             FEATURE=feature, HAS_ROT=rot is not None, MODE=mode,
-            BF=_pow2(f), BE=t.cols, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            BF=t.bf, BE=t.be, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out
@@ -187,7 +191,7 @@ def read_bwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, do, mode, feature):
             *_strides(q), *_strides(rot), *_strides(do),
             h, n, f, e,
             FEATURE=feature, HAS_ROT=rot is not None, MODE=mode,
-            BF=_pow2(f), BE=t.cols, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
+            BF=t.bf, BE=t.be, BN=t.rows, DOT=tk.DOT_TYPES[dot], PRECISION=precision,
             FWD_DOT=tk.DOT_TYPES[fwd_dot], num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return dq, drot, *_token_sums(q, do, rot, None, weights, feature, dot, precision)
@@ -206,7 +210,6 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     """Every kernel in the variants that linear attention and MALA launch (with and without mask, weights, rotation)."""
     fwd, fwd_p, bwd, bwd_p = dot_types(dtype, "elu1", target.backend)
     data = _SHORT[dtype]
-    block, col64 = max(16, dim), min(64, max(16, dim))
     item = 4 if dtype == "float32" else 2
     rows = GATE_BATCH * GATE_HEADS * GATE_LENGTH
     shape = f"B{GATE_BATCH} H{GATE_HEADS} N{GATE_LENGTH} D{dim}"
@@ -217,7 +220,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         dot = bwd if "bwd" in variant or "bwd" in name else fwd
         t = tiles(name, target.backend, dot, dim, dim)
         rows_name = "BN" if "BN" in kernel.arg_names else "BM"
-        consts = {rows_name: t.rows, **consts}
+        consts = {rows_name: t.rows, "BF": t.bf, "BE": t.be, **consts}
         work = Cost(2.0 * rows * dim * dim * passes, float(rows * dim * item * moved))
         return GateCase(
             kernel,
@@ -242,7 +245,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     ):
         consts = dict(
             FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=bool(mask), WEIGHTS=weights,
-            BF=col64, BE=col64, DOT=tk.DOT_TYPES[fwd], PRECISION=fwd_p,
+            DOT=tk.DOT_TYPES[fwd], PRECISION=fwd_p,
         )  # fmt: skip
         yield case(
             tk.linear_state_fwd_kernel,
@@ -256,7 +259,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     for variant, rot in (("bwd sums", 0), ("bwd sums rotated", 1)):
         consts = dict(
             FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=False, WEIGHTS=4,
-            BF=col64, BE=col64, DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
+            DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
         )  # fmt: skip
         yield case(
             tk.linear_state_fwd_kernel,
@@ -268,17 +271,13 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
             2 + rot,
         )
     for mode, rot in (("none", 0), ("denom", 0), ("mala", 0), ("mala", 1)):
-        consts = dict(
-            FEATURE="elu1", HAS_ROT=bool(rot), MODE=mode, BF=block, PRECISION=fwd_p, DOT=tk.DOT_TYPES[fwd]
-        )
+        consts = dict(FEATURE="elu1", HAS_ROT=bool(rot), MODE=mode, PRECISION=fwd_p, DOT=tk.DOT_TYPES[fwd])
         variant = mode + (" rotated" if rot else "")
-        t = tiles("read_fwd", target.backend, fwd, dim, dim)
         yield case(
             tk.linear_read_fwd_kernel, "read_fwd", variant,
-            {"Q": data, "QR": data, "O": data} | small, consts | {"BE": t.cols}, 1, 2 + rot,
+            {"Q": data, "QR": data, "O": data} | small, consts, 1, 2 + rot,
         )  # fmt: skip
-        t = tiles("read_bwd", target.backend, bwd, dim, dim)
-        consts |= dict(DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p, FWD_DOT=tk.DOT_TYPES[fwd], BE=t.cols)
+        consts |= dict(DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p, FWD_DOT=tk.DOT_TYPES[fwd])
         outs = {n: data for n in ("Q", "QR", "DO", "DQ")} | {n: "fp32" for n in ("WS", "WA", "WB", "WC")}
         yield case(
             tk.linear_read_bwd_q_kernel, "read_bwd", variant,
@@ -289,10 +288,9 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         ("mask+weight", 0, 1, 1),
         ("rotated+mask", 1, 1, 0),
     ):
-        t = tiles("state_bwd", target.backend, bwd, dim, dim)
         consts = dict(
             FEATURE="elu1", HAS_ROT=bool(rot), HAS_MASK=bool(mask), HAS_W=bool(weight),
-            BF=block, BE=t.cols, DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
+            DOT=tk.DOT_TYPES[bwd], PRECISION=bwd_p,
         )  # fmt: skip
         pointers = base | {n: "fp32" for n in ("W", "DS", "DA", "DB", "DC", "DW")}
         pointers |= {"MASK": "u8", "DX": data, "DY": data, "DXR": data if rot else "fp32"}

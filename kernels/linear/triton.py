@@ -144,34 +144,49 @@ def linear_read_fwd_kernel(
     b, h = bh // H, bh % H
     i = tl.program_id(1) * BN + tl.arange(0, BN)
     i64 = i.to(tl.int64)
-    f = tl.arange(0, BF)
-    q_in = (i < N)[:, None] & (f < F)[None, :]
-    x = tl.load(Q + b * sqb + h * sqh + i64[:, None] * sqn + f[None, :], mask=q_in, other=0.0).to(tl.float32)
-    x = tl.where(q_in, _phi(x, FEATURE), 0.0)
-    if HAS_ROT:
-        left = tl.load(QR + b * srb + h * srh + i64[:, None] * srn + f[None, :], mask=q_in, other=0.0).to(DOT)
-    else:
-        left = x.to(DOT)
-        x = left.to(tl.float32)
+    q_base = Q + b * sqb + h * sqh + i64[:, None] * sqn
+    r_base = QR + b * srb + h * srh + i64[:, None] * srn
     gain = tl.load(GAIN + b)
     row = tl.zeros((BN,), tl.float32) + gain
     coef = tl.zeros((BN,), tl.float32)
     if MODE != "none":
-        z = tl.sum(x * tl.load(KB + bh * F + f, mask=f < F, other=0.0)[None, :], 1)
+        z = tl.zeros((BN,), tl.float32)
+        r = tl.zeros((BN,), tl.float32)
+        for f0 in range(0, F, BF):
+            f = f0 + tl.arange(0, BF)
+            q_in = (i < N)[:, None] & (f < F)[None, :]
+            x = tl.load(q_base + f[None, :], mask=q_in, other=0.0).to(tl.float32)
+            x = tl.where(q_in, _phi(x, FEATURE), 0.0)
+            if HAS_ROT:
+                rot = tl.load(r_base + f[None, :], mask=q_in, other=0.0).to(DOT).to(tl.float32)
+                r += tl.sum(rot * tl.load(KR + bh * F + f, mask=f < F, other=0.0)[None, :], 1)
+            else:
+                x = x.to(DOT).to(
+                    tl.float32
+                )  # the numbers that the product takes: rows then sum to one exactly
+            z += tl.sum(x * tl.load(KB + bh * F + f, mask=f < F, other=0.0)[None, :], 1)
         inv = 1.0 / (z + tl.load(EPS + b))
         row = inv
         if MODE == "mala":
-            r = z
-            if HAS_ROT:
-                kr = tl.load(KR + bh * F + f, mask=f < F, other=0.0)
-                r = tl.sum(left.to(tl.float32) * kr[None, :], 1)
+            if not HAS_ROT:
+                r = z
             row = inv + gain
             coef = r * inv + gain * (r - z)
     for e0 in range(0, E, BE):
         e = e0 + tl.arange(0, BE)
-        c_in = (f < F)[:, None] & (e < E)[None, :]
-        c = tl.load(CM + bh * F * E + f[:, None] * E + e[None, :], mask=c_in, other=0.0)
-        out = tl.dot(left, c.to(DOT), input_precision=PRECISION) * row[:, None]
+        acc = tl.zeros((BN, BE), tl.float32)
+        for f0 in range(0, F, BF):
+            f = f0 + tl.arange(0, BF)
+            q_in = (i < N)[:, None] & (f < F)[None, :]
+            if HAS_ROT:
+                left = tl.load(r_base + f[None, :], mask=q_in, other=0.0).to(DOT)
+            else:
+                x = tl.load(q_base + f[None, :], mask=q_in, other=0.0).to(tl.float32)
+                left = tl.where(q_in, _phi(x, FEATURE), 0.0).to(DOT)
+            c_in = (f < F)[:, None] & (e < E)[None, :]
+            c = tl.load(CM + bh * F * E + f[:, None] * E + e[None, :], mask=c_in, other=0.0)
+            acc = tl.dot(left, c.to(DOT), acc, input_precision=PRECISION)
+        out = acc * row[:, None]
         if MODE == "mala":
             out += coef[:, None] * tl.load(VB + bh * E + e, mask=e < E, other=0.0)[None, :]
         o_in = (i < N)[:, None] & (e < E)[None, :]
@@ -273,48 +288,59 @@ def linear_state_bwd_kernel(
     keep = j < M
     if HAS_MASK:
         keep = keep & (tl.load(MASK + b * smb + j64, mask=keep, other=0) != 0)
-    f = tl.arange(0, BF)
-    x_in = keep[:, None] & (f < F)[None, :]
-    raw = tl.load(X + b * sxb + h * sxh + j64[:, None] * sxn + f[None, :], mask=x_in, other=0.0).to(
-        tl.float32
-    )
-    x = tl.where(x_in, _phi(raw, FEATURE), 0.0)
-    rot = x
-    if HAS_ROT:
-        rot = tl.load(XR + b * srb + h * srh + j64[:, None] * srn + f[None, :], mask=x_in, other=0.0).to(
-            tl.float32
-        )
+    x_base = X + b * sxb + h * sxh + j64[:, None] * sxn
+    r_base = XR + b * srb + h * srh + j64[:, None] * srn
+    y_base = Y + b * syb + h * syh + j64[:, None] * syn
     w = tl.full((BM,), 1.0, tl.float32)
     if HAS_W:
         w = tl.load(W + bh * M + j64, mask=keep, other=0.0)
-    left = (rot * w[:, None]).to(DOT)
-    acc = tl.zeros((BM, BF), tl.float32)
+    dw = tl.zeros((BM,), tl.float32)
+    # Masked rows are written as zeros; rows past the end are not written.
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        acc = tl.zeros((BM, BF), tl.float32)
+        for e0 in range(0, E, BE):
+            e = e0 + tl.arange(0, BE)
+            y = tl.load(y_base + e[None, :], mask=keep[:, None] & (e < E)[None, :], other=0.0)
+            ds_in = (e < E)[:, None] & (f < F)[None, :]
+            ds = tl.load(DS + bh * F * E + f[None, :] * E + e[:, None], mask=ds_in, other=0.0)  # [BE, BF]
+            acc = tl.dot(y.to(DOT), ds.to(DOT), acc, input_precision=PRECISION)
+        x_in = keep[:, None] & (f < F)[None, :]
+        raw = tl.load(x_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
+        da = tl.load(DA + bh * F + f, mask=f < F, other=0.0)
+        out_in = (j < M)[:, None] & (f < F)[None, :]
+        at = (bh * M + j64[:, None]) * F + f[None, :]
+        if HAS_ROT:
+            acc += tl.load(DB + bh * F + f, mask=f < F, other=0.0)[None, :]
+            if HAS_W:
+                rot = tl.load(r_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
+                dw += tl.sum(rot * acc, 1)
+            tl.store(DXR + at, tl.where(x_in, acc * w[:, None], 0.0).to(DXR.dtype.element_ty), mask=out_in)
+            grad = tl.zeros((BM, BF), tl.float32) + da[None, :]
+        else:
+            grad = acc + da[None, :]
+        if HAS_W:
+            weighed = grad
+            dw += tl.sum(tl.where(x_in, _phi(raw, FEATURE), 0.0) * weighed, 1)
+        grad = tl.where(x_in, grad * w[:, None] * _dphi(raw, FEATURE), 0.0)
+        tl.store(DX + at, grad.to(DX.dtype.element_ty), mask=out_in)
+    if HAS_W:
+        tl.store(DW + bh * M + j64, tl.where(keep, dw, 0.0), mask=j < M)
     for e0 in range(0, E, BE):
         e = e0 + tl.arange(0, BE)
-        y_in = keep[:, None] & (e < E)[None, :]
-        y = tl.load(Y + b * syb + h * syh + j64[:, None] * syn + e[None, :], mask=y_in, other=0.0)
-        ds_in = (f < F)[:, None] & (e < E)[None, :]
-        ds = tl.load(DS + bh * F * E + f[:, None] * E + e[None, :], mask=ds_in, other=0.0).to(DOT)  # [BF, BE]
-        acc = tl.dot(y.to(DOT), tl.trans(ds), acc, input_precision=PRECISION)
-        dy = tl.dot(left, ds, input_precision=PRECISION)
-        dy += tl.load(DC + bh * E + e, mask=e < E, other=0.0)[None, :]
-        # Masked rows are written as zeros; rows past the end are not written.
-        dy = tl.where(keep[:, None], dy, 0.0)
+        acc = tl.zeros((BM, BE), tl.float32)
+        for f0 in range(0, F, BF):
+            f = f0 + tl.arange(0, BF)
+            x_in = keep[:, None] & (f < F)[None, :]
+            if HAS_ROT:
+                left = tl.load(r_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
+            else:
+                left = tl.load(x_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
+                left = tl.where(x_in, _phi(left, FEATURE), 0.0)
+            ds_in = (f < F)[:, None] & (e < E)[None, :]
+            ds = tl.load(DS + bh * F * E + f[:, None] * E + e[None, :], mask=ds_in, other=0.0)  # [BF, BE]
+            acc = tl.dot((left * w[:, None]).to(DOT), ds.to(DOT), acc, input_precision=PRECISION)
+        acc += tl.load(DC + bh * E + e, mask=e < E, other=0.0)[None, :]
+        acc = tl.where(keep[:, None], acc, 0.0)
         out_in = (j < M)[:, None] & (e < E)[None, :]
-        tl.store(DY + (bh * M + j64[:, None]) * E + e[None, :], dy.to(DY.dtype.element_ty), mask=out_in)
-    da = tl.load(DA + bh * F + f, mask=f < F, other=0.0)
-    out_in = (j < M)[:, None] & (f < F)[None, :]
-    at = (bh * M + j64[:, None]) * F + f[None, :]
-    if HAS_ROT:
-        acc += tl.load(DB + bh * F + f, mask=f < F, other=0.0)[None, :]
-        tl.store(DXR + at, tl.where(x_in, acc * w[:, None], 0.0).to(DXR.dtype.element_ty), mask=out_in)
-        if HAS_W:
-            dw = tl.sum(rot * acc, 1) + tl.sum(x * da[None, :], 1)
-            tl.store(DW + bh * M + j64, tl.where(keep, dw, 0.0), mask=j < M)
-        grad = tl.zeros((BM, BF), tl.float32) + da[None, :]
-    else:
-        grad = acc + da[None, :]
-        if HAS_W:
-            tl.store(DW + bh * M + j64, tl.where(keep, tl.sum(x * grad, 1), 0.0), mask=j < M)
-    grad = tl.where(x_in, grad * w[:, None] * _dphi(raw, FEATURE), 0.0)
-    tl.store(DX + at, grad.to(DX.dtype.element_ty), mask=out_in)
+        tl.store(DY + (bh * M + j64[:, None]) * E + e[None, :], acc.to(DY.dtype.element_ty), mask=out_in)

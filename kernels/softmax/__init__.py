@@ -13,6 +13,8 @@ Source: FlashAttention, arXiv 2205.14135; the merge identity of ``merge_lse`` is
 from torch import Tensor, inf
 from torch import float64 as _float64
 from torch import stack as _stack
+from torch.overrides import handle_torch_function as _handle
+from torch.overrides import has_torch_function as _foreign
 
 from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions
 from kernels._common.choice import choose
@@ -66,6 +68,12 @@ def attention(
         ValueError: Shapes or options that do not fit.
         NotImplementedError: impl="triton".
     """
+    if _foreign((q, k, v)):  # Taylor jets and other tensor-likes bring their own rule
+        options = dict(
+            key_mask=key_mask, bias=bias, causal=causal, positions=positions, window=window, scale=scale
+        )
+        options |= dict(dropout=dropout, return_lse=return_lse)
+        return _handle(attention, (q, k, v), q, k, v, **options)
     op = "attention"
     check_qkv(op, q, k, v, grouped=True)
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])

@@ -25,7 +25,9 @@ def child():
     """Run Python with extra environment variables from the repository root; returns the finished process."""
 
     def run(*args: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
-        full = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+        full = {
+            k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")
+        }
         full |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
         return subprocess.run(
             [sys.executable, *args], cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout

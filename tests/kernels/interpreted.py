@@ -101,9 +101,13 @@ def test_signed_and_wide_feature_maps(feature):
 
 def test_non_contiguous_inputs():
     q, k, v = (torch.randn(2, 9, 3, 16).transpose(1, 2) for _ in range(3))
-    torch.testing.assert_close(mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5
+    )
     q, k, v = (torch.randn(2, 3, 16, 9).transpose(2, 3) for _ in range(3))
-    torch.testing.assert_close(mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        mala(q, k, v, impl="triton"), mala(q, k, v, impl="reference"), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)], ids=["B0", "N0", "M0"])
@@ -132,7 +136,9 @@ def test_second_derivative_is_exact_and_respects_dependent_inputs():
 
     def second(impl, dtype):
         leaf = x.to(dtype).requires_grad_()
-        out = linear_attention(leaf, leaf.sin(), leaf.cos(), feature="exp", impl=impl) + mala(leaf, leaf * 2, leaf, impl=impl)
+        out = linear_attention(leaf, leaf.sin(), leaf.cos(), feature="exp", impl=impl) + mala(
+            leaf, leaf * 2, leaf, impl=impl
+        )
         (first,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
         (again,) = torch.autograd.grad(first.pow(2).sum(), leaf)
         return first.double(), again.double()
@@ -157,10 +163,14 @@ def test_opcheck():
 @pytest.mark.parametrize("call", [linear_attention, mala])
 def test_compiles_into_one_graph_around_the_operators(call):
     args = [torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(lambda q, k, v: call(q, k, v, impl="triton"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: call(q, k, v, impl="triton"), fullgraph=True, backend="aot_eager"
+    )
     want, have = call(*args, impl="torch"), compiled(*args)
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(have.sum(), args), torch.autograd.grad(want.sum(), args), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(have.sum(), args), torch.autograd.grad(want.sum(), args), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
