@@ -190,6 +190,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
+        os.chmod(scratch, 0o644)  # scratch files are private, but a cache may be shared
         os.replace(scratch, path)
     except BaseException:
         with contextlib.suppress(OSError):

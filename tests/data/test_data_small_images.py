@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from data import DataError, carriers, create_data, data_options, list_data
+from data import DataError, baselines, carriers, create_data, data_options, list_data
+from data.sampler import BatchKey
 from data.transforms import random_affine
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -104,6 +105,31 @@ def test_augmentation_changes_with_epoch_and_seed():
     assert not torch.equal(epoch(0, 1), epoch(1, 1))
 
 
+def test_same_place_in_another_epoch_batch_or_process_is_distorted_differently():
+    data = create_data("digits")
+    indices = np.array(data.split_ids()["train"][:4], dtype=np.int64)
+
+    def images(**place):
+        return data.batch(indices, BatchKey(np.arange(4), **{"epoch": 1, "batch": 0, "rank": 0, **place}))[
+            "image"
+        ]
+
+    assert torch.equal(images(), images())
+    for place in ({"epoch": 2}, {"batch": 1}, {"rank": 1}):
+        assert not torch.equal(images(), images(**place))
+
+
+def test_baseline_penalty_is_chosen_on_val(monkeypatch):
+    random = np.random.RandomState(0)
+    target = np.arange(90) // 3 % 3 // 2  # a third of each part is 1
+    features = random.randn(90, 3) + 4 * target[:, None]
+    parts = [(features[i::3], target[i::3]) for i in range(3)]
+    for name in ("LOGISTIC_C", "SVM_C"):
+        monkeypatch.setattr(baselines, name, (1.0, 1e-9))  # the last one only sees the majority
+    scores = {name: row["accuracy"] for name, row in baselines.classification_baselines(*parts).items()}
+    assert scores["majority_class"] < 0.8 < 0.9 < min(scores["logistic_regression"], scores["svm_rbf"])
+
+
 def test_random_affine_does_what_it_says():
     image = torch.zeros(400, 1, 21, 21)
     image[:, :, 10, 10] = 1.0
@@ -123,6 +149,11 @@ def test_random_affine_does_what_it_says():
     assert torch.allclose(turned.norm(dim=-1), torch.tensor(5.0), atol=0.3)
     angle = torch.atan2(turned[:, 0], turned[:, 1]).rad2deg()
     assert angle.abs().max() < 31.5 and angle.std() > 14
+    high = torch.zeros(400, 1, 21, 21)
+    high[:, :, 5, 10] = 1.0  # five pixels above the centre: shear moves it sideways, and only that
+    leaned = centre(random_affine(high, gen, shear=0.4))
+    assert leaned[:, 1].abs().max() < 2.1 and leaned[:, 1].std() > 0.8
+    assert (leaned[:, 0] + 5).abs().max() < 0.2
     grown = centre(random_affine(off, gen, scale=0.2)).norm(dim=-1)
     assert grown.min() > 3.7 and grown.max() < 6.3 and grown.std() > 0.4
 
