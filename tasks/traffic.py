@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from data.sampler import BatchKey
 from data.traffic_scores import HorizonErrors
 from tasks.base import Batch, ZooTask
+from zoo.errors import ConfigError
 
 INPUTS = ("history", "history_seen", "clock", "known", "known_seen")
 
@@ -22,6 +23,8 @@ class Traffic(ZooTask):
 
     Args:
         nonnegative: Readings cannot be negative: forecasts are cut at 0 when they are scored.
+        hide_sensors: Share of sensors whose whole history is hidden in a training window, [0, 1).
+        hide_looks: Share of earlier looks that are hidden in a training window, [0, 1).
         common: Options of `ZooTask`.
     """
 
@@ -29,12 +32,26 @@ class Traffic(ZooTask):
     mode = "min"
     data_kind = "traffic"
 
-    def __init__(self, model: nn.Module, data: Any, *, nonnegative: bool = True, **common: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        nonnegative: bool = True,
+        hide_sensors: float = 0.0,
+        hide_looks: float = 0.0,
+        **common: Any,
+    ) -> None:
+        for name, share in (("hide_sensors", hide_sensors), ("hide_looks", hide_looks)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"task.{name}={share} is outside [0, 1)")
         # make_metrics, called by the base class, needs these.
         self.__dict__["horizon"] = data.geometry.horizon
         self.__dict__["report"] = (data.report_steps, data.mape_min)
         super().__init__(model, data, **common)
         self.nonnegative = nonnegative
+        self.hide_sensors, self.hide_looks = hide_sensors, hide_looks
+        self.headline = [*(f"mae_h{step}" for step in data.report_steps), "mae", "rmse", "mape"]
         give_statistics(model, data)
         # A constant that brings the loss near one, so that gradient clipping means the same on every data set.
         self.loss_unit = float(np.mean(data.std))
@@ -60,7 +77,22 @@ class Traffic(ZooTask):
         """Readings [B, Q, N]."""
         return self.model(**{k: batch[k] for k in INPUTS if k in batch})
 
+    def hide(self, batch: Batch) -> Batch:
+        """Hide random sensors' histories and random earlier looks from the network; targets stay."""
+        batch = dict(batch)
+        for name, share, shape in (
+            ("history", self.hide_sensors, lambda t: (len(t), 1, t.shape[2])),
+            ("known", self.hide_looks, lambda t: (*t.shape[:2], 1, 1)),
+        ):
+            if share and name in batch:
+                values = batch[name]
+                keep = torch.rand(shape(values), device=values.device) >= share
+                batch[name] = values * keep
+                batch[f"{name}_seen"] = batch[f"{name}_seen"] & keep
+        return batch
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        batch = self.hide(batch)
         return {
             "mae": masked_mae(self.forecast(batch), batch["target"], batch["target_seen"]) / self.loss_unit
         }

@@ -51,7 +51,7 @@ def print_slots(task: str, factories: Mapping[str, AttentionFactory]) -> None:
 
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
     """Test metrics of the model and of every baseline, then cost and where things lie."""
-    metrics = list(result["test"])
+    metrics = [m for m in result.get("headline") or result["test"] if m in result["test"]]
     table = Table(title=f"{result['task']} on {result['data']}: test metrics", title_justify="left")
     table.add_column("model")
     for metric in metrics:

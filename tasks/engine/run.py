@@ -87,6 +87,7 @@ def finish(
         "protocol": cfg.protocol,
         "monitor": task.monitor,
         "mode": task.mode,
+        "headline": list(getattr(task, "headline", ())),
         "test": test,
         "valid": valid,
         "baselines": {} if cfg.trainer.fast_dev_run else data.baselines(),
