@@ -8,7 +8,8 @@ from kernels import linear as kernel
 from zoo.attention import Pattern, create_attention
 from zoo.errors import ConfigError
 
-POSITIVE = ["elu1", "relu", "sqrelu", "exp", "softplus", "t2r", "dpfp", "dpfp2", "dpfp3"]
+# dpfp with one shift is left out: its features can all be zero, and such a row has no weights.
+POSITIVE = ["elu1", "relu", "sqrelu", "exp", "softplus", "t2r", "dpfp2", "dpfp3"]
 
 
 @pytest.mark.parametrize("feature", kernel.FEATURES)

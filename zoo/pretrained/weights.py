@@ -144,6 +144,12 @@ def resolve(name: str | Path) -> Path:
     raise WeightsError(f"no weights named {str(name)!r}; looked at {', '.join(tried)}")
 
 
+def list_weights(name: str = "*") -> list[str]:
+    """Names of local and packaged weights that match the shell pattern `name`."""
+    folders = (local_folder(), Path(__file__).parent / "weights")
+    return sorted({p.stem for folder in folders for p in folder.glob(f"{name}.safetensors")})
+
+
 def local_folder() -> Path:
     """Where the user's own named weights lie."""
     root = os.environ.get("ZOO_WEIGHTS")

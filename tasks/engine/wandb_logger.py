@@ -1,0 +1,83 @@
+"""Weights & Biases beside metrics.csv: offline unless a key is there, and never in the way of a run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.errors import ConfigError
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+class ZooWandb(WandbLogger):
+    """A W&B run that also carries figures, the slot table, results and the model card."""
+
+    def log_run_extras(self, figures: list[Path], result: dict[str, Any], folder: Path) -> None:
+        """Upload figures and slots, put the test metrics into the summary, store card and weights as an artifact."""
+        import wandb
+
+        run = self.experiment
+        images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures if path.suffix == ".png"}
+        columns = ["slot", "pattern", "attention", "note"]
+        table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in result["slots"]])
+        run.log({**images, "slots": table})
+        run.summary.update({f"test/{k}": v for k, v in result["test"].items()})
+        run.summary.update({f"cost/{k}": v for k, v in result["cost"].items() if v is not None})
+        run.summary.update(
+            {f"baseline/{n}/{k}": v for n, scores in result["baselines"].items() for k, v in scores.items()}
+        )
+        artifact = wandb.Artifact(
+            f"{result['task']}-{result['attention']}-{run.id}", type="model", metadata=result
+        )
+        for name in ("weights.safetensors", "weights.json"):
+            artifact.add_file(str(folder / name))
+        run.log_artifact(artifact)
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status == "success":
+            self.experiment.finish(exit_code=0, quiet=True)
+
+
+def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWandb:
+    """The logger of this run; a resumed run continues under its id."""
+    mode = options.pop("mode")
+    if mode not in MODES:
+        raise ConfigError(f"logger.mode={mode!r}: choose {', '.join(MODES)}")
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    identity = folder / "wandb_id"
+    sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else None
+    import wandb
+
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ZooWandb(
+            name=folder.name,
+            save_dir=str(folder),
+            id=identity.read_text(),
+            project=options["project"],
+            entity=options["entity"],
+            group=sweep,
+            tags=[cfg.task.name, cfg.attention.name, *options["tags"]],
+            config=OmegaConf.to_container(cfg, resolve=True),
+            mode=mode,
+            # "allow" continues an online run; offline runs are joined by their id when they are synced.
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(init_timeout=30, console="off", silent=True),
+        )
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.exists() and "wandb" in netrc.read_text(errors="ignore")

@@ -1,0 +1,33 @@
+"""`python -m zoo`: look at the zoo, use weights, prepare a machine, measure."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "list": "attention variants and what they define; models, tasks, data, weights",
+    "show": "one variant, or the card of trained weights",
+    "predict": "use trained weights on files",
+    "fetch": "bring data sets into the cache, for machines without network",
+    "bench": "time a task's training step or the operations",
+}
+
+
+def main(argv: list[str]) -> int:
+    from zoo.errors import ZooError, unknown
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m zoo COMMAND ...\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:8} {text}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        return importlib.import_module(f"zoo.cli.{argv[0]}").main(argv[1:])
+    except ZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

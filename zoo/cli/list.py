@@ -1,0 +1,119 @@
+"""python -m zoo list [attention|models|tasks|data|weights] [--markdown]"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+from pathlib import Path
+
+from zoo.attention.base import Pattern
+from zoo.attention.registry import get_attention, list_attention
+
+CONF = Path(__file__).parents[2] / "conf"
+HEAD = [
+    "attention",
+    "self",
+    "causal",
+    "cross",
+    "causal cross",
+    "mask",
+    "bias",
+    "grid",
+    "sets",
+    "step",
+    "2nd derivative",
+    "map",
+    "decoding state",
+    "paper",
+]
+
+
+def capability_rows() -> list[list[str]]:
+    """One row per variant, in the order of `HEAD`."""
+    rows = []
+    for name in list_attention():
+        cls = get_attention(name)
+        can = cls.capabilities
+        patterns = ["yes" if p in can.patterns else "" for p in Pattern]
+        if not can.strict_causal:
+            patterns = [p and ("yes" if i % 2 == 0 else "masked") for i, p in enumerate(patterns)]
+        rows.append(
+            [
+                name,
+                *patterns,
+                "yes" if can.key_mask else "",
+                can.bias or "",
+                ", ".join(f"{d}-D" for d in can.grid_dims) + (" (needed)" if can.needs_grid else ""),
+                "" if can.order_sensitive else "yes",
+                "yes" if can.streaming else "",
+                "yes" if can.double_backward else "",
+                ("signed" if can.signed_map else "yes") if can.has_map else "",
+                state_growth(name) if can.streaming else "",
+                paper(name),
+            ]
+        )
+    return rows
+
+
+def state_growth(name: str) -> str:
+    """Whether the decoding state grows with the tokens: "constant" or "per token"."""
+    from zoo.attention.registry import create_attention
+
+    geometry = {"length": 64} if get_attention(name).capabilities.fixed_length else {}
+    module = create_attention(name, 32, 2, pattern=Pattern.CAUSAL_SELF, **geometry)
+    return "constant" if module.state_size(4096) == module.state_size(8192) else "per token"
+
+
+def paper(name: str) -> str:
+    """First arXiv number in the variant's docstring."""
+    text = importlib.import_module(get_attention(name).__module__).__doc__ or ""
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", text)
+    return f"arXiv:{found[1]}" if found else ""
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zoo list", description="What the zoo holds.")
+    kinds = ("attention", "models", "tasks", "data", "weights")
+    parser.add_argument("kind", nargs="?", default="attention", choices=kinds)
+    parser.add_argument("--markdown", action="store_true", help="the table of README")
+    args = parser.parse_args(argv)
+    if args.kind == "attention":
+        rows = capability_rows()
+        if args.markdown:
+            print(markdown_table(HEAD, rows))
+            return 0
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*HEAD)
+        for row in rows:
+            table.add_row(*row)
+        out = Console()
+        (out if out.is_terminal else Console(width=170)).print(table)
+    elif args.kind == "models":
+        from zoo.models.registry import list_models
+
+        print("\n".join(list_models(sizes=True)))
+    elif args.kind == "weights":
+        from zoo.pretrained.weights import list_weights
+
+        print("\n".join(list_weights()) or "no weights yet; every run writes some into its folder")
+    else:
+        group = {"tasks": "task"}.get(args.kind, args.kind)
+        for file in sorted((CONF / group).glob("*.yaml")):
+            comment = next(
+                (
+                    line[1:].strip()
+                    for line in file.read_text().splitlines()
+                    if line.startswith("# ") and "@" not in line
+                ),
+                "",
+            )
+            print(f"{file.stem:22} {comment}")
+    return 0
