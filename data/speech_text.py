@@ -44,12 +44,10 @@ hollow huge hungry innocent large lazy little lonely loud lovely lucky magic mod
 ordinary pale patient perfect pink plain polite precious proud purple quick quiet rare red rough round rusty secret sharp
 shiny silent silver simple sleepy slow small smooth soft special square strange strong sturdy tall thin tiny tired warm
 weak white wide wild wise wonderful wooden yellow""".split()
-PAST = """admired ask3d borrowed bought brought carried chose cleaned collected copied counted delivered described designed
+PAST = """admired asked borrowed bought brought carried chose cleaned collected copied counted delivered described designed
 discovered dropped examined fixed followed forgot found gave hid ignored kept lifted liked lost loved measured mentioned
 moved noticed offered opened ordered packed painted picked pulled pushed received recognised remembered repaired returned
-saved sold sent shared showed sketched stole studied threw touched traded wanted washed wrapped""".replace(
-    "ask3d", "asked for"
-).split()
+saved sold sent shared showed sketched stole studied threw touched traded wanted washed wrapped""".split()
 JOBS = """actor artist baker banker barber builder butcher captain carpenter chef clerk dancer dentist doctor driver editor
 engineer farmer firefighter gardener guide inspector janitor judge lawyer librarian magician manager mayor mechanic
 merchant musician nurse officer pianist pilot plumber poet postman professor sailor scientist secretary shepherd singer

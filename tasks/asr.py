@@ -1,0 +1,204 @@
+"""Speech to text: joint decoder and CTC loss; character and word error rates of both heads; speed and padding."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.text import CharErrorRate, WordErrorRate
+
+from tasks.base import Batch, ZooTask
+from zoo.decoding import beam_search, ctc_greedy, greedy
+from zoo.errors import ConfigError
+from zoo.models._speech import BOS, EOS, SpeechModel, SpeechOutput
+
+
+class SpeechToText(ZooTask):
+    """Transcription.
+
+    Args:
+        ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1.
+        label_smoothing: Of the decoder's targets, [0, 1).
+        beam: Hypotheses kept when decoding the test set; 1 is greedy.
+        decode_ctc_weight: Share of CTC scores in beam search, [0, 1].
+        length_penalty: Exponent of the length normalisation in beam search.
+        statistics_utterances: Training utterances from which a model with normalise=global takes its statistics.
+    """
+
+    monitor = "cer"
+    mode = "min"
+    data_kind = "speech"
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        data: Any,
+        *,
+        ctc_weight: float = 0.3,
+        label_smoothing: float = 0.1,
+        beam: int = 1,
+        decode_ctc_weight: float = 0.3,
+        length_penalty: float = 0.0,
+        statistics_utterances: int = 300,
+        **common: Any,
+    ) -> None:
+        for name, value in (("ctc_weight", ctc_weight), ("decode_ctc_weight", decode_ctc_weight)):
+            if not 0 <= value <= 1:
+                raise ConfigError(f"task.{name}={value} is outside [0, 1]")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
+        if beam < 1:
+            raise ConfigError(f"task.beam={beam} must be at least 1")
+        self.has_decoder = model.has_decoder
+        super().__init__(model, data, **common)
+        self.ctc_weight = ctc_weight if self.has_decoder else 1.0
+        self.label_smoothing, self.beam = label_smoothing, beam
+        self.decode_ctc_weight, self.length_penalty = decode_ctc_weight, length_penalty
+        self.decode = data.tokeniser.decode
+        self._padding: dict[str, float] = defaultdict(float)
+        self._speed: dict[str, float] = defaultdict(float)
+        self._examples: list[tuple[str, str, str]] = []
+        if model.front.normalise == "global":
+            self._take_statistics(statistics_utterances)
+
+    @classmethod
+    def model_arguments(cls, data: Any) -> dict[str, Any]:
+        return {"vocab_size": len(data.tokeniser), "sample_rate": data.sample_rate}
+
+    def _take_statistics(self, count: int) -> None:
+        features = []
+        for utterance in self.data.split("train")[:count]:
+            wave = torch.from_numpy(self.data.samples(utterance))[None]
+            features.append(self.model.front.raw(wave)[0])
+        self.model.front.set_statistics(features)
+
+    # ---------------------------------------------------------------- training
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        tokens, count = batch["tokens"], batch["token_length"]
+        inputs, targets = with_ends(tokens, count)
+        out = self.model(batch["audio"], batch["audio_length"], inputs if self.has_decoder else None)
+        self._count_padding(batch)
+        return self.terms(out, tokens, count, targets)
+
+    def terms(self, out: SpeechOutput, tokens: Tensor, count: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Weighted loss terms of a forward pass: per token, so that the length of a batch changes nothing."""
+        terms = {}
+        if self.ctc_weight:
+            log_probs = out.ctc_logits.float().log_softmax(-1).transpose(0, 1)
+            ctc = F.ctc_loss(log_probs, tokens, out.lengths, count, reduction="none", zero_infinity=True)
+            terms["ctc"] = self.ctc_weight * ctc.sum() / count.sum().clamp_min(1)
+        if out.logits is not None and self.ctc_weight < 1:
+            cross_entropy = F.cross_entropy(
+                out.logits.flatten(0, 1).float(),
+                targets.flatten(),
+                ignore_index=-100,
+                label_smoothing=self.label_smoothing,
+            )
+            terms["decoder"] = (1 - self.ctc_weight) * cross_entropy
+        return terms
+
+    def _count_padding(self, batch: Batch) -> None:
+        self._padding["frames"] += int(batch["audio_length"].sum())
+        self._padding["padded_frames"] += batch["audio"].numel()
+        self._padding["tokens"] += int(batch["token_length"].sum())
+        self._padding["padded_tokens"] += batch["tokens"].numel()
+
+    def on_train_epoch_end(self) -> None:
+        p = self._padding
+        if p["padded_frames"]:
+            self.log("train/padding_frames", 1 - p["frames"] / p["padded_frames"])
+            self.log("train/padding_tokens", 1 - p["tokens"] / p["padded_tokens"])
+        p.clear()
+
+    # ---------------------------------------------------------------- evaluation
+
+    def make_metrics(self) -> MetricCollection:
+        heads = ("", "_ctc") if self.has_decoder else ("",)
+        rates = {f"{n}{h}": m() for h in heads for n, m in (("cer", CharErrorRate), ("wer", WordErrorRate))}
+        return MetricCollection({**rates, "loss": MeanMetric(), "truncated": MeanMetric()}, compute_groups=False)
+
+    def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        references = [self.data.split(split if split == "test" else "val")[i].text for i in batch["index"].tolist()]
+        began = time.perf_counter()
+        memory, lengths = self.model.encode(batch["audio"], batch["audio_length"])
+        ctc_logits = self.model.ctc_logits(memory)
+        by_ctc = [self.decode(t) for t in ctc_greedy(ctc_logits, lengths)]
+        encoded = time.perf_counter()
+        hypotheses = by_ctc
+        truncated = torch.zeros(len(memory))
+        if self.has_decoder:
+            found = self.search(memory, lengths, split)
+            hypotheses = [self.decode(t) for t in found.tokens]
+            truncated = found.truncated.float()
+            metrics["cer_ctc"].update(by_ctc, references)
+            metrics["wer_ctc"].update(by_ctc, references)
+        ended = time.perf_counter()
+        metrics["cer"].update(hypotheses, references)
+        metrics["wer"].update(hypotheses, references)
+        metrics["truncated"].update(truncated)
+        metrics["loss"].update(self._loss(batch, memory, lengths, ctc_logits))
+        if split == "test":
+            self._speed["audio"] += float(batch["audio_length"].sum()) / self.data.sample_rate
+            self._speed["encoder"] += encoded - began
+            self._speed["decoder"] += ended - encoded
+            self._examples += list(zip(references, hypotheses, by_ctc, strict=True))
+
+    def search(self, memory: Tensor, lengths: Tensor, split: str) -> Any:
+        """Decode with the decoder: greedily, or with the beam on the test split."""
+        if split == "test" and self.beam > 1:
+            return beam_search(
+                self.model,
+                memory,
+                lengths,
+                beam=self.beam,
+                ctc_weight=self.decode_ctc_weight,
+                length_penalty=self.length_penalty,
+            )
+        return greedy(self.model, memory, lengths)
+
+    def _loss(self, batch: Batch, memory: Tensor, lengths: Tensor, ctc_logits: Tensor) -> Tensor:
+        inputs, targets = with_ends(batch["tokens"], batch["token_length"])
+        logits = self.model.decode(inputs, memory, lengths) if self.has_decoder else None
+        out = SpeechOutput(logits, ctc_logits, lengths)
+        return sum(self.terms(out, batch["tokens"], batch["token_length"], targets).values())
+
+    def compute_metrics(self, split: str) -> dict[str, float]:
+        values = super().compute_metrics(split)
+        if split == "test" and self._speed["audio"]:
+            s = self._speed
+            values["rtfx"] = s["audio"] / (s["encoder"] + s["decoder"])
+            values["rtfx_encoder"] = s["audio"] / s["encoder"]
+            if self.has_decoder:
+                values["rtfx_decoder"] = s["audio"] / s["decoder"]
+        return values
+
+    # ---------------------------------------------------------------- records
+
+    def example_inputs(self) -> tuple[tuple, dict]:
+        """Four seconds of sound and 40 tokens."""
+        samples = 4 * self.data.sample_rate
+        tokens = torch.full((1, 40), EOS + 1) if self.has_decoder else None
+        return (torch.zeros(1, samples), torch.tensor([samples]), tokens), {}
+
+    def figures(self, folder: Path) -> list[Path]:
+        """Log-mel picture, CTC posteriors and cross-attention of a test sentence; transcripts."""
+        from tasks.asr_figures import draw
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return draw(self, folder)
+
+
+def with_ends(tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Decoder input (start token first) and targets (end token last, -100 at padding), both [B, L + 1]."""
+    inputs = F.pad(tokens, (1, 0), value=BOS)
+    places = torch.arange(inputs.shape[1], device=tokens.device)
+    targets = F.pad(tokens, (0, 1))
+    targets = torch.where(places < count[:, None], targets, torch.where(places == count[:, None], EOS, -100))
+    return inputs, targets

@@ -1,0 +1,288 @@
+"""Attention encoder-decoder for speech with a CTC head; the models `aed`, `aed_shallow`, `firered_aed`, `ctc` are settings of it.
+
+Papers: Whisper, arXiv:2212.04356; Canary, arXiv:2406.19674; FireRedASR, arXiv:2501.14350; hybrid CTC/attention of Watanabe
+et al. 2017. Samples go in: the log-mel front end is part of the model, so weights alone transcribe.
+Token 0 is padding and the CTC blank, 1 starts and 2 ends a sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.attention.base import Attention, Pattern, State
+from zoo.attention.registry import get_attention
+from zoo.attention.slots import AttentionFactory, Slot
+from zoo.errors import ConfigError
+from zoo.layers.audio import ConvSubsampling, LogMel, SpecAugment, length_mask
+from zoo.layers.blocks import DecoderBlock, TransformerBlock
+from zoo.layers.conformer import ConformerBlock
+from zoo.layers.drop import dropout_or_none
+from zoo.layers.position import sine_positions
+
+PAD, BOS, EOS = 0, 1, 2
+
+
+class SpeechOutput(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        logits: Of the decoder, [B, L, vocabulary]; None without a decoder or without tokens.
+        ctc_logits: Of the CTC head, [B, M, vocabulary].
+        lengths: Encoder tokens of each utterance, int [B].
+    """
+
+    logits: Tensor | None
+    ctc_logits: Tensor
+    lengths: Tensor
+
+
+class SpeechModel(nn.Module):
+    """Log-mel features, strided convolutions, an encoder with a CTC head, and a decoder with cross-attention.
+
+    Args:
+        attention: Factories for slots "encoder" and, where there is a decoder, "decoder" and "cross".
+        vocab_size: Number of output tokens, the three special ones included.
+        sample_rate: Of the samples that go in, Hz.
+        n_mels: Mel bands.
+        window_ms: Analysis window.
+        hop_ms: Distance of the frames.
+        normalise: Of the features: "utterance", "global" or "none", see `LogMel`.
+        stem: "conv1d", "conv2d" or "depthwise", see `ConvSubsampling`.
+        subsampling: Frames per encoder token: 2, 4 or 8.
+        stem_channels: Channels of the 2-D stems.
+        encoder: Blocks of the encoder: "transformer" or "conformer".
+        dim: Width C.
+        num_heads: Heads; must divide `dim`.
+        encoder_layers: Blocks of the encoder.
+        decoder_layers: Blocks of the decoder; 0 leaves CTC alone.
+        mlp_ratio: Hidden width of the MLPs over `dim`.
+        conv_kernel: Taps of a Conformer's convolution, odd.
+        position: Of the encoder: "sine" added to the tokens, "rel" Transformer-XL scores (Conformer blocks, variants that take
+            a full bias), "auto" rel where the variant takes it and sine elsewhere, "none".
+        dropout: After projections, in MLPs, on the embeddings.
+        freq_masks, freq_width, time_masks, time_ratio: Masking of training features, see `SpecAugment`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        attention: Mapping[str, AttentionFactory],
+        *,
+        vocab_size: int = 32,
+        sample_rate: int = 16000,
+        n_mels: int = 64,
+        window_ms: float = 25.0,
+        hop_ms: float = 10.0,
+        normalise: str = "utterance",
+        stem: str = "conv1d",
+        subsampling: int = 4,
+        stem_channels: int = 32,
+        encoder: str = "transformer",
+        dim: int = 144,
+        num_heads: int = 4,
+        encoder_layers: int = 3,
+        decoder_layers: int = 3,
+        mlp_ratio: float = 2.0,
+        conv_kernel: int = 15,
+        position: str = "sine",
+        dropout: float = 0.1,
+        freq_masks: int = 2,
+        freq_width: int = 8,
+        time_masks: int = 2,
+        time_ratio: float = 0.05,
+    ) -> None:
+        super().__init__()
+        _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
+        self.dim, self.vocab_size = dim, vocab_size
+        self.front = LogMel(
+            sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise
+        )
+        self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio)
+        self.stem = ConvSubsampling(n_mels, dim, factor=subsampling, kind=stem, channels=stem_channels)
+        relative = _relative(position, encoder, attention["encoder"])
+        self.position = "rel" if relative else "sine" if position == "auto" else position
+        shared = {"mlp_ratio": mlp_ratio, "dropout": dropout}
+        if encoder == "conformer":
+            blocks = [
+                ConformerBlock(
+                    attention["encoder"], dim, num_heads, conv_kernel=conv_kernel, relative=relative, **shared
+                )
+                for _ in range(encoder_layers)
+            ]
+        else:
+            blocks = [
+                TransformerBlock(attention["encoder"], dim, num_heads, **shared)
+                for _ in range(encoder_layers)
+            ]
+        self.encoder = nn.ModuleList(blocks)
+        self.encoder_norm = nn.LayerNorm(dim)
+        self.ctc_head = nn.Linear(dim, vocab_size)
+        self.drop = dropout_or_none(dropout)
+        self.decoder = nn.ModuleList(
+            DecoderBlock(attention["decoder"], attention["cross"], dim, num_heads, **shared)
+            for _ in range(decoder_layers)
+        )
+        if decoder_layers:
+            self.embedding = nn.Embedding(vocab_size, dim)
+            self.decoder_norm = nn.LayerNorm(dim)
+            self.head = nn.Linear(dim, vocab_size, bias=False)
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @classmethod
+    def slots(cls, *, decoder_layers: int | None = None, **options: Any) -> dict[str, Slot]:
+        """Encoder over padded frames; decoder and cross-attention, both decoding step by step."""
+        if decoder_layers is None:
+            decoder_layers = cls.default("decoder_layers")
+        slots = {"encoder": Slot(Pattern.SELF, key_mask=True)}
+        if options.get("position", cls.default("position")) == "rel":
+            slots["encoder"] = Slot(Pattern.SELF, key_mask=True, bias="full")
+        if decoder_layers:
+            slots["decoder"] = Slot(Pattern.CAUSAL_SELF, streaming=True)
+            slots["cross"] = Slot(Pattern.CROSS, key_mask=True, streaming=True)
+        return slots
+
+    @classmethod
+    def default(cls, option: str) -> Any:
+        """Default of a constructor argument, the nearest subclass first."""
+        for base in cls.__mro__:
+            defaults = getattr(vars(base).get("__init__"), "__kwdefaults__", None) or {}
+            if option in defaults:
+                return defaults[option]
+        raise KeyError(option)
+
+    def reset_parameters(self) -> None:
+        """Xavier for linear maps, a narrow normal for the embedding; a variant's own parameters keep theirs."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                layers = [m for n, m in module.named_children() if n in ("qkv", "q", "k", "v", "proj")]
+                for layer in layers:
+                    nn.init.xavier_uniform_(layer.weight)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        for layer in (self.stem.out, self.ctc_head):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for block in (*self.encoder, *self.decoder):
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.Linear) and "mlp" in name:
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        if len(self.decoder):
+            # Scaled by sqrt(dim) on the way in and used as it is on the way out.
+            nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
+
+    # ---------------------------------------------------------------- encoder
+
+    def encode(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples [B, S] and their numbers [B] -> memory [B, M, C] and its lengths [B]."""
+        features, frames = self.front(audio, lengths)
+        return self.encode_features(features, frames)
+
+    def encode_features(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features [B, T, n_mels] and valid frames [B] -> memory [B, M, C] and its lengths [B]."""
+        features = self.augment(features, frames)
+        x, count = self.stem(features.to(self.ctc_head.weight.dtype), frames)
+        if self.position == "sine":
+            x = x + sine_positions(x.shape[1], self.dim).to(x)
+        x = self.drop(x)
+        mask = length_mask(count, x.shape[1])
+        for block in self.encoder:
+            x = block(x, key_mask=mask)
+        return self.encoder_norm(x), count
+
+    def ctc_logits(self, memory: Tensor) -> Tensor:
+        """Memory [B, M, C] -> logits of the CTC head, [B, M, vocabulary]; token 0 is the blank."""
+        return self.ctc_head(memory)
+
+    # ---------------------------------------------------------------- decoder
+
+    @property
+    def has_decoder(self) -> bool:
+        return len(self.decoder) > 0
+
+    def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        x = self.embedding(tokens) * math.sqrt(self.dim)
+        return self.drop(x + sine_positions(places, self.dim).to(x))
+
+    def decode(self, tokens: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of the token after each prefix.
+
+        Args:
+            tokens: Sentences from BOS on, int [B, L].
+            memory: [B, M, C].
+            lengths: Valid places of `memory`, int [B].
+
+        Returns:
+            [B, L, vocabulary].
+        """
+        x = self._embed(tokens)
+        mask = length_mask(lengths, memory.shape[1])
+        for block in self.decoder:
+            x = block(x, memory, context_key_mask=mask)
+        return self.head(self.decoder_norm(x))
+
+    def init_state(self, memory: Tensor, lengths: Tensor) -> State:
+        """Decoding state before BOS: the memory is projected once, the prefix is empty."""
+        mask = length_mask(lengths, memory.shape[1])
+        state: State = {"length": 0}
+        for i, block in enumerate(self.decoder):
+            state[f"block{i}"] = block.init_state(len(memory), memory, context_key_mask=mask)
+        return state
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token a row, int [B], in; logits of the next one [B, vocabulary] and the next state out."""
+        x = self._embed(tokens[:, None], state["length"])
+        new: State = {"length": state["length"] + 1}
+        for i, block in enumerate(self.decoder):
+            x, new[f"block{i}"] = block.step(x, state[f"block{i}"])
+        return self.head(self.decoder_norm(x))[:, 0], new
+
+    # ---------------------------------------------------------------- both
+
+    def forward(self, audio: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> SpeechOutput:
+        """Everything at once, as training needs it.
+
+        Args:
+            audio: Samples, [B, S].
+            lengths: Samples of each utterance, int [B].
+            tokens: Sentences from BOS on, int [B, L]; leave out for CTC alone.
+        """
+        memory, count = self.encode(audio, lengths)
+        logits = self.decode(tokens, memory, count) if tokens is not None and self.has_decoder else None
+        return SpeechOutput(logits, self.ctc_logits(memory), count)
+
+
+def _relative(position: str, encoder: str, factory: AttentionFactory) -> bool:
+    takes = get_attention(factory.name).capabilities.bias == "full"
+    if position == "rel" and encoder != "conformer":
+        raise ConfigError("position=rel is defined for encoder=conformer; use position=sine")
+    return position == "rel" or (position == "auto" and encoder == "conformer" and takes)
+
+
+def _check(
+    encoder: str,
+    position: str,
+    dim: int,
+    num_heads: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    vocab_size: int,
+) -> None:
+    if encoder not in ("transformer", "conformer"):
+        raise ConfigError(f"encoder={encoder!r}: choose transformer or conformer")
+    if position not in ("sine", "rel", "auto", "none"):
+        raise ConfigError(f"position={position!r}: choose sine, rel, auto or none")
+    if num_heads < 1 or dim % num_heads or dim % 2:
+        raise ConfigError(f"num_heads={num_heads} must divide dim={dim}, and dim must be even")
+    if encoder_layers < 1 or decoder_layers < 0:
+        raise ConfigError(f"encoder_layers={encoder_layers} must be >= 1, decoder_layers={decoder_layers} >= 0")
+    if vocab_size < 4:
+        raise ConfigError(f"vocab_size={vocab_size}: three special tokens and at least one other")
