@@ -38,6 +38,7 @@ class ZooData(LightningDataModule):
     """
 
     name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""Errors of the data layer, kept free of heavy imports."""
+"""The data layer's error, importable without torch."""
 
+from zoo.errors import DataError
 
-class DataError(ValueError):
-    """Data that cannot be had or used: the message says what was looked for and the way out."""
+__all__ = ["DataError"]

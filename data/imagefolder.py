@@ -16,7 +16,7 @@ from data.base import SPLITS, SplitDataset, ZooData, check_at_least, check_range
 from data.errors import DataError
 from data.folder_scan import LAYOUT, Folder, scan_folder
 from data.sampler import BatchKey, global_seed
-from data.transforms import RESAMPLING, normalise, open_image, prepare_image, to_tensor
+from zoo.predict.images import RESAMPLING, normalise, open_image, prepare_image, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class ImageFolderData(ZooData):
         std: Deviation of each channel.
         common: Options of :class:`data.base.ZooData`.
     """
+
+    kind = "images"
 
     def __init__(
         self,

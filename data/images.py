@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from data import baselines
 from data.base import SPLITS, SplitDataset, ZooData, check_at_least, check_range, hash_arrays
 from data.sampler import BatchKey, generator
-from data.transforms import normalise, random_affine
+from data.transforms import random_affine
+from zoo.predict.images import normalise
 
 
 class TensorImages(ZooData):
@@ -29,6 +30,8 @@ class TensorImages(ZooData):
         shear: Largest shear either way, as a slope.
         common: Options of :class:`data.base.ZooData`.
     """
+
+    kind = "images"
 
     def __init__(
         self,

@@ -42,10 +42,10 @@ def get_task(kind: str) -> type:
 
 
 def get_data(name: str) -> type:
-    """The data module of data/<name>.py."""
-    from data.base import ZooData
+    """The data module registered under `name`."""
+    from data import data_class
 
-    return _only_class("data", name, ZooData, "data")
+    return data_class(name)
 
 
 def options_of(cls: type) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def build_data(cfg: DictConfig) -> Any:
     name = options.pop("name")
     cls = get_data(name)
     kind = get_task(cfg.task.kind).data_kind
-    if kind and getattr(cls, "kind", kind) != kind:
+    if kind and cls.kind != kind:
         raise ConfigError(f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}")
     options.setdefault("seed", cfg.seed)
     check_options(f"data {name!r}", cls, options)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data import DataError, create_data
-from data.transforms import flatten_modes, open_image, prepare_image, probe_image
+from zoo.predict.images import flatten_modes, open_image, prepare_image, probe_image
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
