@@ -1,0 +1,176 @@
+"""Exact derivatives of a point-wise network in its coordinates, by whichever method is asked for.
+
+All methods give the same numbers; they differ in cost. "taylor" pushes one jet through the network (see
+`zoo.layers.jets`), after which the weights need a single backward. "forward_reverse" differentiates the reverse gradient
+in forward mode, "jvp" nests forward mode, "reverse" nests `torch.autograd.grad` and is the independent check.
+
+The network must treat points separately: `D u(point 3)` may not depend on point 7 (`tests` check every model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import zoo.layers.jet_shapes  # noqa: F401  registers the rules
+from zoo.errors import ConfigError, unknown
+from zoo.layers.jet_tensor import Jet
+from zoo.layers.jets import algebra
+
+METHODS = ("taylor", "forward_reverse", "jvp", "reverse")
+Network = Callable[[Tensor], Tensor]
+Index = tuple[int, ...]
+
+
+class Derivatives:
+    """Values and derivatives of named fields at N points.
+
+    `d("u")` is the field, `d("u", "xx")` its second derivative in x, both [N].
+
+    Args:
+        table: For each multi-index the derivative of all fields, [N, F].
+        fields: Names of the fields.
+        coordinates: One-letter names of the coordinates.
+    """
+
+    def __init__(self, table: dict[Index, Tensor], fields: Sequence[str], coordinates: Sequence[str]) -> None:
+        self.table, self.fields, self.coordinates = table, tuple(fields), tuple(coordinates)
+
+    def __call__(self, field: str, by: str = "") -> Tensor:
+        if field not in self.fields:
+            raise unknown("field", field, self.fields)
+        index = multi_index(by, self.coordinates)
+        if index not in self.table:
+            raise ConfigError(f"derivative {by!r} was not asked for; add it to the problem's `derivatives`")
+        return self.table[index][:, self.fields.index(field)]
+
+
+def multi_index(by: str, coordinates: Sequence[str]) -> Index:
+    """("xxt", ("x", "t")) -> (2, 1)."""
+    for letter in by:
+        if letter not in coordinates:
+            raise unknown("coordinate", letter, coordinates)
+    return tuple(by.count(c) for c in coordinates)
+
+
+def derivatives(
+    network: Network, points: Tensor, wanted: Sequence[Index], method: str = "taylor"
+) -> dict[Index, Tensor]:
+    """Derivatives of all outputs at all points.
+
+    Args:
+        network: Points [N, d] -> fields [N, F]; points do not mix.
+        points: [N, d].
+        wanted: Multi-indices, e.g. (2, 0) for the second derivative in the first of two coordinates.
+        method: One of `METHODS`.
+
+    Returns:
+        For each wanted multi-index, and for the value, a tensor [N, F] that carries gradients of the weights.
+    """
+    if method not in METHODS:
+        raise unknown("derivative method", method, METHODS)
+    wanted = tuple(dict.fromkeys(((0,) * points.shape[1], *map(tuple, wanted))))
+    if max(sum(index) for index in wanted) == 0:
+        return {wanted[0]: network(points)}
+    return _METHODS[method](network, points, wanted)
+
+
+def seed_jet(points: Tensor, wanted: Sequence[Index]) -> Jet:
+    """The coordinates themselves as jets: value and a unit slope each."""
+    ring = algebra(points.shape[1], tuple(sorted(wanted)))
+    c = points.new_zeros(ring.size, *points.shape)
+    c[0] = points
+    for axis in range(points.shape[1]):
+        number = ring.number.get(tuple(int(axis == a) for a in range(points.shape[1])))
+        if number is not None:
+            c[number, :, axis] = 1.0
+    return Jet(c, ring)
+
+
+def _taylor(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:
+    jet = seed_jet(points, wanted)
+    out = network(jet)
+    if not isinstance(out, Jet):
+        raise ConfigError("the network's output does not depend on its coordinates")
+    ring = jet.ring
+    return {i: out.c[ring.number[i]] * ring.factorial(ring.number[i]) for i in wanted}
+
+
+def _reverse(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:
+    # Inside torch.no_grad() the weights are not wanted, but the coordinates' graph still is.
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaf = points.detach().requires_grad_()
+        out = network(leaf)
+        columns = []
+        for field in out.unbind(1):
+            found = {(0,) * points.shape[1]: field}
+
+            def get(index: Index, found: dict[Index, Tensor] = found) -> Tensor:
+                if index not in found:
+                    axis = next(a for a, order in enumerate(index) if order)
+                    lower = get(tuple(o - (a == axis) for a, o in enumerate(index)))
+                    (slopes,) = torch.autograd.grad(lower.sum(), leaf, create_graph=True)
+                    for a in range(len(index)):
+                        raised = tuple(o + (b == a) - (b == axis) for b, o in enumerate(index))
+                        found.setdefault(raised, slopes[:, a])
+                return found[index]
+
+            columns.append({index: get(index) for index in wanted})
+    table = {index: torch.stack([c[index] for c in columns], 1) for index in wanted}
+    return table if keep else {k: v.detach() for k, v in table.items()}
+
+
+def _push(function: Callable, direction: Tensor) -> Callable:
+    """The directional derivative of `function`, as a function."""
+    return lambda z: torch.func.jvp(function, (z,), (direction,))[1]
+
+
+def _direction(points: Tensor, axis: int) -> Tensor:
+    d = torch.zeros_like(points)
+    d[:, axis] = 1.0
+    return d
+
+
+def _jvp(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:
+    table = {}
+    for index in wanted:
+        function = network
+        for axis, order in enumerate(index):
+            for _ in range(order):
+                function = _push(function, _direction(points, axis))
+        table[index] = function(points)
+    return table
+
+
+def _forward_reverse(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:
+    dims = points.shape[1]
+    out = network(points)
+    unit = [tuple(int(a == b) for b in range(dims)) for a in range(dims)]
+    rests: dict[Index, list[Index]] = {}
+    for index in wanted:
+        if sum(index) == 0:
+            continue
+        # The axis of the highest order is left to the reverse gradient; equal rests share one pass.
+        axis = max(range(dims), key=lambda a: index[a])
+        rest = tuple(o - u for o, u in zip(index, unit[axis], strict=True))
+        rests.setdefault(rest, []).append(index)
+    columns: dict[Index, list[Tensor]] = {index: [] for index in wanted}
+    for field in range(out.shape[1]):
+        slope = torch.func.grad(lambda z, f=field: network(z)[:, f].sum())
+        for rest, members in rests.items():
+            function = slope
+            for axis, order in enumerate(rest):
+                for _ in range(order):
+                    function = _push(function, _direction(points, axis))
+            gradient = function(points)
+            for index in members:
+                axis = next(a for a in range(dims) if index[a] > rest[a])
+                columns[index].append(gradient[:, axis])
+        columns[wanted[0]].append(out[:, field])
+    return {index: torch.stack(c, 1) for index, c in columns.items()}
+
+
+_METHODS = {"taylor": _taylor, "reverse": _reverse, "jvp": _jvp, "forward_reverse": _forward_reverse}
