@@ -1,0 +1,157 @@
+"""Controls for next-item recommendation without any training by gradient.
+
+All fit on the training events alone and, like the model, see the whole history of a user when asked. Settings are
+chosen by NDCG@10 on validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
+
+if TYPE_CHECKING:
+    from data.rec_base import SequenceData
+
+VERSION = "1"  # part of the cache key: raise it when a method changes
+DENSE_ITEMS = 20_000  # item-item matrices are dense up to here
+EASE_LAMBDA = (100.0, 300.0, 1000.0)
+NEIGHBOURS = (20, 50, 100)
+MARKOV_WINDOW = (1, 2, 3, 5)
+MIX = (1.0, 3.0, 10.0, 30.0)
+
+Scorer = Callable[["History"], Tensor]
+
+
+class History:
+    """One batch of questions.
+
+    Attributes:
+        seen: How often each item is in the history, float32 [B, I].
+        last: Last item of each history, from 0, int64 [B].
+        target: The right item, from 0, int64 [B].
+        listed: Items of the history from 0, -1 = none, [B, S].
+    """
+
+    def __init__(self, batch: dict[str, Tensor], items: int) -> None:
+        listed = batch["seen"]
+        self.seen = torch.zeros(len(listed), items + 1).scatter_(1, listed, 1.0)[:, 1:]
+        self.last = batch["items"][:, -1] - 1
+        self.target = batch["target"] - 1
+        self.listed = listed - 1
+
+
+def control_scores(data: SequenceData) -> dict[str, dict[str, float]]:
+    """Test metrics of every control, by name."""
+    matrix = interaction_matrix(data)
+    popularity = matrix.sum(0)
+    scores = {"popularity": evaluate(data, "test", lambda h: popularity.expand(len(h.last), -1))}
+    scores["markov"], chain = _best(
+        data, (markov(data, window) for window in MARKOV_WINDOW), lambda m: lambda h: m[h.last]
+    )
+    if data.num_items > DENSE_ITEMS:
+        return scores
+    scores["item_knn"], _ = _best(
+        data, (item_knn(matrix, k) for k in NEIGHBOURS), lambda m: lambda h: h.seen @ m
+    )
+    scores["ease"], weights = _best(
+        data, (ease(matrix, penalty) for penalty in EASE_LAMBDA), lambda m: lambda h: h.seen @ m
+    )
+    scores["ease_markov"], _ = _best(
+        data, iter(MIX), lambda f: lambda h: h.seen @ weights + f * chain[h.last]
+    )
+    order = ("popularity", "item_knn", "ease", "markov", "ease_markov")
+    return {name: scores[name] for name in order}
+
+
+def evaluate(data: SequenceData, split: str, scorer: Scorer) -> dict[str, float]:
+    """Mean metrics of a scorer over a split."""
+    rows = []
+    for batch in data.loader(split):
+        history = History(batch, data.num_items)
+        excluded = history.listed if data.exclude_seen else None
+        above, tied = count_above(scorer(history), history.target, excluded)
+        rows.append(ranking_metrics(above, tied, CUTOFFS))
+    return {name: float(torch.cat([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def _best(
+    data: SequenceData, candidates: Iterator, scorer_of: Callable[[object], Scorer]
+) -> tuple[dict[str, float], object]:
+    """Test metrics of the candidate that validation prefers, and the candidate."""
+    best, chosen = -1.0, None
+    for candidate in candidates:
+        value = evaluate(data, "val", scorer_of(candidate))["ndcg_at_10"]
+        if value > best:
+            best, chosen = value, candidate
+    return evaluate(data, "test", scorer_of(chosen)), chosen
+
+
+def interaction_matrix(data: SequenceData) -> Tensor:
+    """Who did what in training, 0 or 1, float32 [U, I]; sparse logs fit as long as users times items does."""
+    log, ends = data.log, data.parts.train_end
+    matrix = torch.zeros(len(log.users), len(log.items))
+    for user, (start, end) in enumerate(zip(log.offsets[:-1], ends, strict=True)):
+        matrix[user, log.item[start:end] - 1] = 1.0
+    return matrix
+
+
+def item_knn(matrix: Tensor, neighbours: int) -> Tensor:
+    """Cosine similarity of items, the nearest `neighbours` of each kept, [I, I]."""
+    unit = matrix / matrix.norm(dim=0).clamp_min(1e-9)
+    similar = (unit.T @ unit).fill_diagonal_(0)
+    if neighbours < len(similar):
+        least = similar.topk(neighbours, dim=0).values[-1]
+        similar = similar * (similar >= least)
+    return similar
+
+
+def ease(matrix: Tensor, penalty: float) -> Tensor:
+    """Item weights with zero diagonal that reconstruct the users' rows best under a ridge penalty.
+
+    Source: Steck, "Embarrassingly shallow autoencoders for sparse data", arXiv:1905.03375, eq. 8.
+    """
+    gram = (matrix.T @ matrix).double()
+    inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
+    return (inverse / -inverse.diagonal()).fill_diagonal_(0).float()
+
+
+def markov(data: SequenceData, window: int) -> Tensor:
+    """How likely item j follows within `window` events of item i, nearer ones weighing more, [I, I]."""
+    log, ends = data.log, data.parts.train_end
+    count = len(log.items)
+    total = np.zeros(count * count, np.float32) if count <= DENSE_ITEMS else None
+    pairs, weights = [], []
+    for start, end in zip(log.offsets[:-1], ends, strict=True):
+        sequence = log.item[start:end] - 1
+        for step in range(1, window + 1):
+            if len(sequence) > step:
+                pairs.append(sequence[:-step] * count + sequence[step:])
+                weights.append(np.full(len(sequence) - step, 1.0 / step, np.float32))
+    pair, weight = np.concatenate(pairs), np.concatenate(weights)
+    if total is None:
+        keys, inverse = np.unique(pair, return_inverse=True)
+        values = np.bincount(inverse, weight)
+        rows, columns = keys // count, keys % count
+        sums = np.bincount(rows, values, minlength=count)
+        indices = torch.from_numpy(np.stack((rows, columns)))
+        values = torch.from_numpy((values / sums[rows]).astype(np.float32))
+        return _SparseRows(torch.sparse_coo_tensor(indices, values, (count, count)).coalesce())
+    np.add.at(total, pair, weight)
+    matrix = torch.from_numpy(total.reshape(count, count))
+    return matrix / matrix.sum(1, keepdim=True).clamp_min(1e-9)
+
+
+class _SparseRows:
+    """Rows of a sparse matrix as dense tensors."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.matrix.index_select(0, rows).to_dense()
