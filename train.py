@@ -17,7 +17,7 @@ from tasks.engine.cli import explain, list_names, merge_resumed, run_folder
 OmegaConf.register_new_resolver("run_folder", run_folder)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from tasks.engine.leaderboard import record_failure, write_leaderboard
     from tasks.engine.run import run

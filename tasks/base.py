@@ -142,11 +142,24 @@ class ZooTask(L.LightningModule):
         self.log_dict({f"{split}/{k}": float(v) for k, v in values.items()}, prog_bar=split == "valid")
         self.metrics[split].reset()
 
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, at least 1.
+
+        Not `trainer.estimated_stepping_batches`: that sets up the loaders before a resumed run's position in them is
+        known, and Lightning then starts the epoch anew.
+        """
+        trainer = self.trainer
+        batches = len(self.data.train_dataloader())
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = math.ceil(batches / trainer.accumulate_grad_batches) * max(trainer.max_epochs or 1, 1)
+        return max(1, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, fused=True
         )
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = self.total_steps()
         warmup = int(self.warmup_fraction * total)
 
         def scale(step: int) -> float:

@@ -18,7 +18,11 @@ CONF = Path(__file__).parents[2] / "conf"
 
 def run_folder(resume: str | None, fresh: str) -> str:
     """Resolver `run_folder`: the folder to continue, or a fresh one."""
-    return str(Path(resume).resolve()) if resume else fresh
+    if not resume:
+        return fresh
+    if not (Path(resume) / "config.yaml").exists():
+        raise ConfigError(f"resume={resume}: no run there (config.yaml is missing); give a run folder")
+    return str(Path(resume).resolve())
 
 
 def choices(group: str) -> list[str]:
@@ -41,10 +45,7 @@ def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """With resume=FOLDER the configuration stored there counts, changed only by plain values given now."""
     if not cfg.resume:
         return cfg
-    stored = Path(cfg.resume) / "config.yaml"
-    if not stored.exists():
-        raise ConfigError(f"resume={cfg.resume}: no run there (config.yaml is missing); give a run folder")
-    resumed = OmegaConf.load(stored)
+    resumed = OmegaConf.load(Path(cfg.resume) / "config.yaml")
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
     changes = [o for o in overrides if "=" in o and o.split("=")[0].split("@")[0] not in groups | {"resume"}]
     merged = OmegaConf.merge(resumed, OmegaConf.from_dotlist([o.lstrip("+") for o in changes]))
@@ -59,7 +60,8 @@ def explain(error: BaseException) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    for cause in _chain(error):
+    # The user's own mistake first, whatever wrapped it.
+    for cause in sorted(_chain(error), key=lambda e: not isinstance(e, ZooError)):
         text = None
         if isinstance(cause, ZooError):
             text = str(cause)

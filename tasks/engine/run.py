@@ -111,8 +111,8 @@ def finish(
     result["figures"] = [str(Path(f).relative_to(folder)) for f in figures]
     save_weights(folder / "weights.safetensors", task.model, make_card(cfg, data, task, factories, result))
     for logger in trainer.loggers:
-        _log_extras(logger, figures, result, folder)
-        logger.finalize("success")
+        if hasattr(logger, "log_run_extras"):
+            logger.log_run_extras(figures, result, folder)
     write_json(folder / "result.json", result)
     print_result(result, folder)
     return result
@@ -247,11 +247,6 @@ def _best_valid(trainer: L.Trainer) -> dict[str, float]:
     callback = trainer.checkpoint_callback
     score = getattr(callback, "best_model_score", None)
     return {} if score is None else {callback.monitor.removeprefix("valid/"): float(score)}
-
-
-def _log_extras(logger: Logger, figures: list[Path], result: dict[str, Any], folder: Path) -> None:
-    if hasattr(logger, "log_run_extras"):
-        logger.log_run_extras(figures, result, folder)
 
 
 def _quiet() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,7 @@ class ZooWandb(WandbLogger):
         for name in ("weights.safetensors", "weights.json"):
             artifact.add_file(str(folder / name))
         run.log_artifact(artifact)
-
-    def finalize(self, status: str) -> None:
-        super().finalize(status)
-        if status == "success":
-            self.experiment.finish(exit_code=0, quiet=True)
+        run.finish()
 
 
 def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWandb:
@@ -57,7 +54,7 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
     import wandb
 
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ZooWandb(
