@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
+from data.sampler import BatchKey
 from tasks.base import Batch, ZooTask
 from zoo.errors import ConfigError
+from zoo.tabular.outputs import readings, split_outputs
 from zoo.tabular.schema import Target
 from zoo.tabular.scores import MAIN, interval, score_target
 
@@ -54,6 +56,9 @@ class _TabularTask(ZooTask):
                 counts = torch.tensor(target.counts, dtype=torch.float32)
                 weights = counts.sum() / (len(counts) * counts.clamp(min=1))
             self.register_buffer(f"class_weights_{i}", weights, persistent=False)
+        if hasattr(model, "set_bank"):  # training rows that predictions look at; the split's order is random
+            rows = data.dataset("train")[BatchKey(np.arange(min(1024, len(data.dataset("train")))), -1, 0)]
+            model.set_bank(rows["numerical"], rows["categorical"], rows.get("missing"))
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -108,6 +113,7 @@ class _TabularTask(ZooTask):
         values = {k: float(v) for k, v in scores.compute().items()}
         if split == "test":
             self.test_predictions, self.test_truth = scores.gathered()
+        if split == "test" and len(self.targets) == 1:
             for target, p, y in zip(self.targets, self.test_predictions, self.test_truth, strict=True):
                 name = MAIN[target.kind][0] + suffix(target, self.targets)
                 values[f"{name}_low"], values[f"{name}_high"] = interval(target.kind, p, y)
@@ -156,23 +162,10 @@ def suffix(target: Target, targets: list[Target]) -> str:
     return f"_{target.name}" if len(targets) > 1 else ""
 
 
-def split_outputs(out: Tensor, targets: list[Target]) -> list[Tensor]:
-    """[..., S] -> one [..., outputs] per target."""
-    return list(out.split([t.outputs for t in targets], dim=-1))
-
-
-def readings(out: Tensor, targets: list[Target]) -> list[Tensor]:
-    """From a model's outputs to probabilities and values on the original scale, float64; members are averaged."""
-    found = []
-    for target, part in zip(targets, split_outputs(out.double(), targets), strict=True):
-        if target.kind == "multiclass":
-            value = part.softmax(-1)
-        else:
-            value = part[..., 0]
-            value = value.sigmoid() if target.kind == "binary" else value * target.std + target.mean
-        members = out.dim() == 3
-        found.append(value.mean(1) if members else value)
-    return found
+def brief(target: Target, scores: dict[str, float]) -> list[tuple[str, float]]:
+    """The two scores of a target that are shown where there are several targets."""
+    names = {"binary": ("auc", "accuracy"), "multiclass": ("accuracy", "auc"), "regression": ("rmse", "r2")}
+    return [(n, scores[n]) for n in names[target.kind]]
 
 
 def original(truth: Tensor, target: Target) -> Tensor:
@@ -209,6 +202,7 @@ class _Scores(Metric):
     def compute(self) -> dict[str, Tensor]:
         found = {}
         for target, p, y in zip(self.targets, *self.gathered(), strict=True):
-            for name, value in score_target(target.kind, p, y).items():
+            scores = score_target(target.kind, p, y)
+            for name, value in scores.items() if len(self.targets) == 1 else brief(target, scores):
                 found[name + suffix(target, self.targets)] = torch.tensor(value, dtype=torch.float64)
         return found

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.sampler import BatchKey
 from zoo.attention.base import Attention
 from zoo.tabular.schema import Target
 from zoo.tabular.scores import MAIN, score_target
@@ -159,8 +160,6 @@ def attention_importance(task: ZooTask) -> np.ndarray | None:
 
 def _test_batch(task: ZooTask) -> dict[str, torch.Tensor]:
     rows = min(task.importance_rows, len(task.data.dataset("test")))
-    from data.sampler import BatchKey
-
     batch = task.data.dataset("test")[BatchKey(np.arange(rows), -1, 0)]
     task.eval()
     return {k: v.to(task.device) for k, v in batch.items()}

@@ -55,7 +55,7 @@ class FTTransformer(nn.Module):
         outputs: Sequence[int] = (1,),
         dim: int = 64,
         depth: int = 3,
-        num_heads: int = 8,
+        num_heads: int = 4,
         mlp_ratio: float = 4 / 3,
         activation: str = "reglu",
         num_embedding: str = "piecewise",

@@ -168,7 +168,10 @@ class Preprocessor:
 
     def _encode_numbers(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         missing = np.isnan(raw)
-        filled = np.where(missing, np.array(self.fill)[None], raw) if raw.shape[1] else raw
+        for i, name in enumerate(self.schema.numerical):
+            if name not in self.gaps:  # nothing was learned about a gap here: the median stands in
+                missing[:, i] = False
+        filled = np.where(np.isnan(raw), np.array(self.fill)[None], raw) if raw.shape[1] else raw
         kind, out = self.options["normalisation"], np.empty(raw.shape, np.float32)
         for i, points in enumerate(self.points):
             if kind == "quantile" and len(points) > 2:
