@@ -15,22 +15,22 @@ import numpy as np
 from filelock import FileLock
 
 from data import carriers, register_data, speech_text
+from data.asterisk import AsteriskData, prompts
 from data.base import check_at_least
 from data.carriers import cache_dir, write_atomic
 from data.errors import DataError
 from data.speech_base import SpeechData, Utterance
-from data.speech_render import RATE_HZ, SHARDS, Line, Spoken, render
-from zoo.audio import resample
+from data.speech_render import SHARDS, Line, render
 
-VERSION = 1  # raise it when the texts, the voices or the treatment of the samples change
+VERSION = 3  # raise it when the texts, the voices or the treatment of the samples change
 ACCENTS = ("en-us", "en-gb-x-rp", "en-us-nyc", "en-029", "en-gb-scotland", "en-gb-x-gbclan")
 TRAIN_VARIANTS = (
     "m1 m2 m3 m4 m6 m7 f1 f2 f4 f5 Alex Alicia Andrea Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Michael "
     "Mike Reed Storm adam anika antonio belinda benjamin boris caleb david edward gustave ian john linda max michel miguel "
     "pablo paul pedro robert sandro steph victor"
 ).split()
+LONGEST_REAL_S = 12.0
 TEST_VARIANTS = "m5 m8 f3 Andy Gene2 marcelo quincy rob shelby travis".split()  # never heard in training
-TAIL_S = 0.06  # silence kept behind the last sound
 
 
 @register_data("espeak")
@@ -42,6 +42,8 @@ class EspeakData(SpeechData):
         val_size: Validation utterances.
         test_size: Test utterances.
         rates: Slowest and fastest speaking rate, words per minute.
+        real_root: Where Asterisk's prompts were unpacked, see `data.asterisk`; None looks in the system's place. Where they are
+            found they become a further test split, "real".
         common: Options of `data.speech_base.SpeechData`.
     """
 
@@ -53,7 +55,8 @@ class EspeakData(SpeechData):
         train_size: int = 5000,
         val_size: int = 200,
         test_size: int = 400,
-        rates: tuple[int, int] = (130, 200),
+        rates: tuple[int, int] = (105, 165),
+        real_root: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -62,6 +65,7 @@ class EspeakData(SpeechData):
             raise DataError(f"data.rates={list(rates)}: give slowest and fastest, 80 .. 450 words per minute")
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.rates = (int(rates[0]), int(rates[1]))
+        self.real_root = real_root
         self._store = np.empty(0, dtype=np.int16)
         self._ends = np.empty(0, dtype=np.int64)
 
@@ -70,7 +74,9 @@ class EspeakData(SpeechData):
         rng = random.Random(1000 + self.split_seed)
         taken: set[str] = set()
         plan = {}
-        for number, split in enumerate(("test", "val", "train")):  # test first: its texts depend on no other size
+        for number, split in enumerate(
+            ("test", "val", "train")
+        ):  # test first: its texts depend on no other size
             variants = TEST_VARIANTS if split == "test" else TRAIN_VARIANTS
             texts = speech_text.sentences(self.sizes[split], 10 * self.split_seed + number, taken)
             plan[split] = [
@@ -116,9 +122,8 @@ class EspeakData(SpeechData):
     def _render(self, samples: Path, index: Path) -> None:
         plan = self.lines()
         entries = [(split, *entry) for split in ("train", "val", "test") for entry in plan[split]]
-        spoken = render([line for _, _, line in entries])
-        waves = [self._finish(s) for s in spoken]
-        store = np.concatenate(waves)
+        spoken = render([line for _, _, line in entries], sample_rate=self.sample_rate)
+        store = np.concatenate([s.samples for s in spoken])
         rows = [
             {
                 "split": split,
@@ -133,18 +138,11 @@ class EspeakData(SpeechData):
         np.save(scratch, store)
         scratch.replace(samples)
         content = {
-            "ends": np.cumsum([len(w) for w in waves]).tolist(),
+            "ends": np.cumsum([len(s.samples) for s in spoken]).tolist(),
             "sha256": hashlib.sha256(store.tobytes()).hexdigest(),
             "rows": rows,
         }
         write_atomic(index, json.dumps(content).encode())
-
-    def _finish(self, spoken: Spoken) -> np.ndarray:
-        """To the wanted rate, without the silence that the synthesiser leaves at the end; int16."""
-        wave = resample(spoken.samples.astype(np.float32), RATE_HZ, self.sample_rate)
-        loud = np.flatnonzero(np.abs(wave) > 64)
-        end = int(loud[-1] + TAIL_S * self.sample_rate) if len(loud) else len(wave)
-        return np.clip(np.rint(wave[:end]), -32768, 32767).astype(np.int16)
 
     def utterances(self) -> dict[str, list[Utterance]]:
         """Open the rendered corpus."""
@@ -154,10 +152,12 @@ class EspeakData(SpeechData):
             content = json.loads(index.read_text())
             self._store = np.load(samples, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise DataError(f"the rendered corpus {samples} is damaged ({error}); delete it to render it again") from error
+            raise DataError(
+                f"the rendered corpus {samples} is damaged ({error}); delete it to render it again"
+            ) from error
         self._ends = np.asarray(content["ends"], dtype=np.int64)
         self.source = f"espeak-ng corpus {digest}, samples {content['sha256'][:16]}"
-        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": []}
+        found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": [], **self._real()}
         begins = np.concatenate(([0], self._ends[:-1]))
         for place, (row, begin, end) in enumerate(zip(content["rows"], begins, self._ends, strict=True)):
             found[row["split"]].append(
@@ -172,6 +172,21 @@ class EspeakData(SpeechData):
             )
         return found
 
+    def _real(self) -> dict[str, list[Utterance]]:
+        rows = prompts(self.real_root)
+        if rows is None:
+            if self.real_root:
+                raise DataError(
+                    f"data.real_root={self.real_root}: no Asterisk prompts there, see data/asterisk.py"
+                )
+            return {}
+        reader = AsteriskData(sample_rate=self.sample_rate, normaliser=self.normaliser)
+        items = reader.usable(rows)
+        self.skipped.update(reader.skipped)
+        return {"real": [u for u in items if u.duration_s <= LONGEST_REAL_S]}
+
     def samples(self, utterance: Utterance) -> np.ndarray:
+        if utterance.place < 0:
+            return super().samples(utterance)
         begin = self._ends[utterance.place - 1] if utterance.place else 0
         return self._store[begin : self._ends[utterance.place]].astype(np.float32) / 32768

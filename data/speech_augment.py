@@ -36,7 +36,9 @@ class WaveAugment:
         if not speeds or not all(0.5 <= s <= 2 for s in speeds):
             raise DataError(f"data.speeds={list(speeds)}: give factors between 0.5 and 2")
         if not 0 <= noise_share <= 1 or gain_db < 0:
-            raise DataError(f"data.noise_share={noise_share} must lie in [0, 1], data.gain_db={gain_db} be at least 0")
+            raise DataError(
+                f"data.noise_share={noise_share} must lie in [0, 1], data.gain_db={gain_db} be at least 0"
+            )
         self.sample_rate, self.noise_snr_db, self.noise_share = sample_rate, noise_snr_db, noise_share
         self.speeds, self.gain_db = list(speeds), gain_db
 

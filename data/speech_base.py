@@ -150,7 +150,7 @@ class SpeechData(ZooData):
         """Collect utterances, build the tokeniser from the training texts, drop what cannot be used."""
         found = self.utterances()
         self._tokeniser = self._build_tokeniser([u.text for u in found.get("train", [])])
-        for split in SPLITS:
+        for split in dict.fromkeys((*SPLITS, *found)):
             self._splits[split], self._tokens[split] = [], []
             for utterance in found.get(split, []):
                 self._take(split, utterance)
@@ -184,7 +184,9 @@ class SpeechData(ZooData):
             raise DataError(f"data {self.name!r}: no usable training utterance{self._first_reasons()}")
         alphabet = self.characters
         if alphabet is None:
-            alphabet = PLAIN_CHARACTERS if self.normaliser == "plain-1" else "".join(sorted(set("".join(texts))))
+            alphabet = (
+                PLAIN_CHARACTERS if self.normaliser == "plain-1" else "".join(sorted(set("".join(texts))))
+            )
         if self.tokeniser_kind == "bpe":
             known = set(alphabet)
             return BpeTokeniser([t for t in texts if set(t) <= known], self.bpe_size, alphabet)
@@ -203,9 +205,19 @@ class SpeechData(ZooData):
         return self._tokeniser
 
     def split(self, name: str) -> list[Utterance]:
-        """The utterances of a split, in order."""
+        """The utterances of a split, in order; further test splits than "test" may exist."""
         self.setup()
-        return self._splits[name]
+        return self._splits.get(name, [])
+
+    def further_splits(self) -> list[str]:
+        """Names of test splits besides "test"."""
+        self.setup()
+        return [split for split, items in self._splits.items() if split not in SPLITS and items]
+
+    def token_lists(self, split: str) -> list[list[int]]:
+        """Token numbers of each transcript of a split."""
+        self.setup()
+        return self._tokens[split]
 
     # -- batches -----------------------------------------------------------------------------------------
 
@@ -277,6 +289,8 @@ class SpeechData(ZooData):
             "kind": "speech",
             "sample_rate": self.sample_rate,
             "max_s": self.max_s,
+            # Longest sound that the model has seen; longer recordings are transcribed in parts.
+            "chunk_s": float(self.durations("train").max()),
             "normaliser": self.normaliser,
             "pieces": list(self.tokeniser.pieces),
         }

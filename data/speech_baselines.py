@@ -46,6 +46,8 @@ def trivial_baselines(train: Sequence[Utterance], test: Sequence[Utterance]) -> 
     nearest = [train[int(np.abs(durations - u.duration_s).argmin())].text for u in test]
     return {
         "empty": error_rates([""] * len(test), references),
-        "most_common_word": error_rates([" ".join([common] * round(u.duration_s * rate)) for u in test], references),
+        "most_common_word": error_rates(
+            [" ".join([common] * round(u.duration_s * rate)) for u in test], references
+        ),
         "same_duration": error_rates(nearest, references),
     }

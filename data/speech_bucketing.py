@@ -39,7 +39,9 @@ def equal_shares(values: np.ndarray, parts: int) -> list[np.ndarray]:
     wanted = cumulative[-1] * np.arange(1, parts) / parts
     cuts = np.searchsorted(cumulative, wanted)
     # A cut inside a run of equal values moves behind it, so that one length has one bucket.
-    cuts = [int(np.searchsorted(values[order], values[order[min(c, len(order) - 1)]], side="right")) for c in cuts]
+    cuts = [
+        int(np.searchsorted(values[order], values[order[min(c, len(order) - 1)]], side="right")) for c in cuts
+    ]
     return [run for run in np.split(order, sorted(set(cuts))) if len(run)]
 
 

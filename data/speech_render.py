@@ -22,10 +22,13 @@ import numpy as np
 
 from data import carriers
 from data.errors import DataError
+from zoo.audio import resample
 
 RATE_HZ = 22050  # what the synthesiser makes
 SHARDS = 8  # part of the corpus's identity: a shard boundary resets the synthesiser
 LONGEST_VOICE_PATH = 150  # the library keeps its paths in buffers of about 160 bytes
+TAIL_S = 0.06  # silence kept behind the last sound
+_QUIET = 64  # of 32767
 _SYNCHRONOUS = 2
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _WORD, _END = 1, 5
@@ -52,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Spoken:
-    """A rendered sentence: int16 samples at `RATE_HZ` and where each word of the text starts, in seconds."""
+    """A rendered sentence: int16 samples and where each word of the text starts, in seconds."""
 
     samples: np.ndarray
     word_starts_s: np.ndarray
@@ -147,11 +150,22 @@ def library_paths() -> tuple[str, str]:
     return str(libraries[0]), str(folder / "espeakng_loader" / "espeak-ng-data")
 
 
-def render(lines: Sequence[Line], *, processes: int | None = None) -> list[Spoken]:
+def finish(spoken: Spoken, sample_rate: int) -> Spoken:
+    """To the wanted rate, without the silence that the synthesiser leaves at the end."""
+    wave = resample(spoken.samples.astype(np.float32), RATE_HZ, sample_rate)
+    loud = np.flatnonzero(np.abs(wave) > _QUIET)
+    end = int(loud[-1] + TAIL_S * sample_rate) if len(loud) else len(wave)
+    return Spoken(np.clip(np.rint(wave[:end]), -32768, 32767).astype(np.int16), spoken.word_starts_s)
+
+
+def render(
+    lines: Sequence[Line], *, sample_rate: int = RATE_HZ, processes: int | None = None
+) -> list[Spoken]:
     """Speak `lines`; the result depends on them and their order alone.
 
     Args:
         lines: What to say, in order.
+        sample_rate: Of the result, Hz.
         processes: How many shards run at once; one per core when left out.
     """
     library, voices = library_paths()
@@ -162,7 +176,12 @@ def render(lines: Sequence[Line], *, processes: int | None = None) -> list[Spoke
             part = lines[bounds[i] : bounds[i + 1]]
             if part:
                 job = Path(scratch) / f"{i}.json"
-                content = {"library": library, "voices": voices, "lines": [asdict(x) for x in part]}
+                content = {
+                    "library": library,
+                    "voices": voices,
+                    "sample_rate": sample_rate,
+                    "lines": [asdict(x) for x in part],
+                }
                 job.write_text(json.dumps(content))
                 jobs.append(job)
         with ThreadPoolExecutor(processes or os.cpu_count() or 1) as pool:
@@ -192,7 +211,7 @@ def _run_shard(job: Path) -> list[Spoken]:
 def _main(job: str, out: str) -> None:
     spec = json.loads(Path(job).read_text())
     voice = Synthesiser(spec["library"], spec["voices"])
-    spoken = [voice.say(Line(**line)) for line in spec["lines"]]
+    spoken = [finish(voice.say(Line(**line)), spec["sample_rate"]) for line in spec["lines"]]
     np.savez(
         out,
         samples=np.concatenate([s.samples for s in spoken]),

@@ -90,7 +90,9 @@ class BpeTokeniser(Tokeniser):
 
         characters = sorted(set(characters) - {" "})
         if size < len(characters) + len(SPECIAL) + 1:
-            raise DataError(f"data.bpe_size={size} is less than the {len(characters) + 4} characters and specials")
+            raise DataError(
+                f"data.bpe_size={size} is less than the {len(characters) + 4} characters and specials"
+            )
         model = Tokenizer(models.BPE(unk_token=None))
         model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
         trainer = trainers.BpeTrainer(

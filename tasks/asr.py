@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
+from tasks.asr_analysis import Picture, analyse
 from tasks.base import Batch, ZooTask
 from zoo.decoding import beam_search, ctc_greedy, greedy
 from zoo.errors import ConfigError
@@ -29,6 +30,7 @@ class SpeechToText(ZooTask):
         decode_ctc_weight: Share of CTC scores in beam search, [0, 1].
         length_penalty: Exponent of the length normalisation in beam search.
         statistics_utterances: Training utterances from which a model with normalise=global takes its statistics.
+        analysis_utterances: Test utterances for timestamps and for the analysis of cross-attention; 0 leaves both out.
     """
 
     monitor = "cer"
@@ -46,6 +48,7 @@ class SpeechToText(ZooTask):
         decode_ctc_weight: float = 0.3,
         length_penalty: float = 0.0,
         statistics_utterances: int = 300,
+        analysis_utterances: int = 24,
         **common: Any,
     ) -> None:
         for name, value in (("ctc_weight", ctc_weight), ("decode_ctc_weight", decode_ctc_weight)):
@@ -60,10 +63,12 @@ class SpeechToText(ZooTask):
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0
         self.label_smoothing, self.beam = label_smoothing, beam
         self.decode_ctc_weight, self.length_penalty = decode_ctc_weight, length_penalty
+        self.analysis_utterances = analysis_utterances
         self.decode = data.tokeniser.decode
         self._padding: dict[str, float] = defaultdict(float)
         self._speed: dict[str, float] = defaultdict(float)
-        self._examples: list[tuple[str, str, str]] = []
+        self.examples: list[tuple[str, str, str]] = []
+        self.picture: Picture | None = None
         if model.front.normalise == "global":
             self._take_statistics(statistics_utterances)
 
@@ -122,10 +127,14 @@ class SpeechToText(ZooTask):
     def make_metrics(self) -> MetricCollection:
         heads = ("", "_ctc") if self.has_decoder else ("",)
         rates = {f"{n}{h}": m() for h in heads for n, m in (("cer", CharErrorRate), ("wer", WordErrorRate))}
-        return MetricCollection({**rates, "loss": MeanMetric(), "truncated": MeanMetric()}, compute_groups=False)
+        return MetricCollection(
+            {**rates, "loss": MeanMetric(), "truncated": MeanMetric()}, compute_groups=False
+        )
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
-        references = [self.data.split(split if split == "test" else "val")[i].text for i in batch["index"].tolist()]
+        references = [
+            self.data.split({"valid": "val"}.get(split, split))[i].text for i in batch["index"].tolist()
+        ]
         began = time.perf_counter()
         memory, lengths = self.model.encode(batch["audio"], batch["audio_length"])
         ctc_logits = self.model.ctc_logits(memory)
@@ -148,7 +157,7 @@ class SpeechToText(ZooTask):
             self._speed["audio"] += float(batch["audio_length"].sum()) / self.data.sample_rate
             self._speed["encoder"] += encoded - began
             self._speed["decoder"] += ended - encoded
-            self._examples += list(zip(references, hypotheses, by_ctc, strict=True))
+            self.examples += list(zip(references, hypotheses, by_ctc, strict=True))
 
     def search(self, memory: Tensor, lengths: Tensor, split: str) -> Any:
         """Decode with the decoder: greedily, or with the beam on the test split."""
@@ -177,6 +186,23 @@ class SpeechToText(ZooTask):
             values["rtfx_encoder"] = s["audio"] / s["encoder"]
             if self.has_decoder:
                 values["rtfx_decoder"] = s["audio"] / s["decoder"]
+        if split == "test":
+            values |= self._further_tests()
+        return values
+
+    def _further_tests(self) -> dict[str, float]:
+        """Error rates on the data's further test splits, named after them; timestamps and attention analysis."""
+        values: dict[str, float] = {}
+        for name in self.data.further_splits():
+            metrics = self.make_metrics().to(self.device)
+            for batch in self.data.loader(name):
+                batch = {k: v.to(self.device) for k, v in batch.items()}
+                self.update_metrics(batch, metrics, name)
+            rates = {k: float(v) for k, v in metrics.compute().items() if k.startswith(("cer", "wer"))}
+            values |= {f"{name}_{k}": v for k, v in rates.items()}
+        if self.analysis_utterances:
+            found, self.picture = analyse(self, min(self.analysis_utterances, len(self.examples)))
+            values |= found
         return values
 
     # ---------------------------------------------------------------- records

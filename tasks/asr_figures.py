@@ -5,15 +5,103 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from data.speech_baselines import edit_distance
+from data.speech_bucketing import padding_ratio
+
 if TYPE_CHECKING:
     from tasks.asr import SpeechToText
+    from tasks.asr_analysis import Picture
 
 
 def draw(task: SpeechToText, folder: Path) -> list[Path]:
-    """Write transcripts.txt, worst sentences first; returns the files."""
-    from data.speech_baselines import edit_distance
-
-    rows = sorted(task._examples, key=lambda r: -edit_distance(r[1], r[0]))
+    """Write transcripts.txt (worst first), alignment.png and padding.png; returns the files."""
+    rows = sorted(task.examples, key=lambda r: -edit_distance(r[1], r[0]) / max(1, len(r[0])))
     path = folder / "transcripts.txt"
     path.write_text("".join(f"reference  {r}\ndecoder    {h}\nctc        {c}\n\n" for r, h, c in rows))
-    return [path]
+    written = [path]
+    if task.picture is not None:
+        written.append(draw_alignment(task.picture, task.data.tokeniser.pieces, folder / "alignment.png"))
+    if task.data.duration_buckets:
+        written.append(draw_padding(task, folder / "padding.png"))
+    return written
+
+
+def draw_alignment(picture: Picture, pieces: list[str], path: Path) -> Path:
+    """Features, CTC posteriors and cross-attention of one sentence over time, with word starts."""
+    from matplotlib.figure import Figure
+
+    rows = 2 if picture.attention is None else 3
+    figure = Figure(figsize=(10, 2.6 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True)
+    seconds = len(picture.posteriors) * picture.place_s
+    axes[0].imshow(
+        picture.features.T, origin="lower", aspect="auto", extent=(0, seconds, 0, picture.features.shape[1])
+    )
+    axes[0].set(title=picture.text, ylabel="mel band")
+    times = (np.arange(len(picture.posteriors)) + 0.5) * picture.place_s
+    best = picture.posteriors.argmax(1)
+    axes[1].plot(times, picture.posteriors[:, 0], color="0.8", label="blank")
+    for token in sorted(set(best.tolist()) - {0}):
+        axes[1].plot(times, picture.posteriors[:, token], lw=1)
+        peak = int(picture.posteriors[:, token].argmax())
+        axes[1].annotate(
+            pieces[token].strip() or "_", (times[peak], picture.posteriors[peak, token]), ha="center"
+        )
+    axes[1].set(ylabel="CTC posterior", ylim=(0, 1.15))
+    if picture.attention is not None:
+        axes[2].imshow(
+            picture.attention, aspect="auto", cmap="magma", extent=(0, seconds, len(picture.attention), 0)
+        )
+        axes[2].set(ylabel="output token")
+    styles = (
+        ("truth", picture.truth_s, "w", "-"),
+        ("CTC", picture.ctc_s, "c", "--"),
+        ("DTW", picture.dtw_s, "lime", ":"),
+    )
+    for name, starts, colour, style in styles:
+        for i, t in enumerate(starts):
+            for a in (axes[0], axes[-1]) if rows == 3 else (axes[0],):
+                a.axvline(t, color=colour, ls=style, lw=1.2, label=name if i == 0 and a is axes[0] else None)
+    axes[0].legend(loc="upper right", fontsize=8, facecolor="0.3", labelcolor="w")
+    axes[-1].set(xlabel="s", xlim=(0, seconds))
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def padding_table(task: SpeechToText) -> dict[str, dict[str, float]]:
+    """Padding ratio of frames and tokens, in random batches and in buckets, over one epoch."""
+    data = task.data
+    lengths = {
+        "frames": data.durations("train"),
+        "tokens": np.array([len(t) for t in data.token_lists("train")]),
+    }
+    order = np.random.default_rng(0).permutation(len(lengths["frames"]))
+    random = np.split(order, range(data.batch_size, len(order), data.batch_size))
+    bucketed = data.loader("train", shuffle=True).sampler.batches()
+    return {
+        name: {"random": padding_ratio(values, random), "buckets": padding_ratio(values, bucketed)}
+        for name, values in lengths.items()
+    }
+
+
+def draw_padding(task: SpeechToText, path: Path) -> Path:
+    """Histogram of durations with the buckets' edges, and what the buckets save."""
+    from matplotlib.figure import Figure
+
+    table = padding_table(task)
+    buckets, _ = task.data.buckets()
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.hist(task.data.durations("train"), bins=60, color="0.6")
+    for bucket in buckets:
+        left.axvline(bucket.max_duration_s, color="C3", lw=1)
+    left.set(xlabel="duration, s", ylabel="training utterances", title="bucket edges")
+    for i, ratios in enumerate(table.values()):
+        bars = right.bar([i - 0.2, i + 0.2], list(ratios.values()), 0.38, color=["0.6", "C3"])
+        right.bar_label(bars, fmt="{:.1%}")
+    right.set_xticks(range(len(table)), list(table))
+    right.set(title="padding: random batches (grey), buckets (red)", ylabel="share of padding")
+    figure.savefig(path, dpi=130)
+    return path

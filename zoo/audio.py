@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +37,9 @@ def read_audio(
             rate = file.samplerate
             start = round(offset_s * rate)
             if start >= file.frames > 0:
-                raise DataError(f"{path}: offset {offset_s} s lies behind the end ({file.frames / rate:.2f} s)")
+                raise DataError(
+                    f"{path}: offset {offset_s} s lies behind the end ({file.frames / rate:.2f} s)"
+                )
             file.seek(start)
             count = -1 if duration_s is None else round(duration_s * rate)
             samples = file.read(count, dtype="float32", always_2d=True)
@@ -82,17 +82,10 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """Band-limited resampling of mono float32 samples [S] from `rate` to `wanted` Hz."""
     if rate == wanted or samples.size == 0:
         return np.ascontiguousarray(samples, dtype=np.float32)
-    import torch
+    # Ten times faster than torchaudio's resampler for ratios such as 320/441, whose filter is dense.
+    from scipy.signal import resample_poly
 
     common = gcd(rate, wanted)
-    with torch.no_grad():
-        out = _resampler(rate // common, wanted // common)(torch.from_numpy(np.ascontiguousarray(samples)))
-    return out.numpy()
-
-
-@lru_cache(maxsize=32)
-def _resampler(rate: int, wanted: int) -> Any:
-    """torchaudio's windowed-sinc resampler with its filter computed once; rates divided by their common factor."""
-    from torchaudio.transforms import Resample
-
-    return Resample(rate, wanted)
+    return resample_poly(samples.astype(np.float32, copy=False), wanted // common, rate // common).astype(
+        np.float32
+    )

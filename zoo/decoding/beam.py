@@ -46,7 +46,9 @@ def beam_search(
     for i in range(len(memory)):
         n = int(lengths[i])
         found.append(
-            _search(model, memory[i : i + 1, :n], int(limit[i]), beam, ctc_weight, length_penalty, temperature)
+            _search(
+                model, memory[i : i + 1, :n], int(limit[i]), beam, ctc_weight, length_penalty, temperature
+            )
         )
     return Hypotheses(
         [tokens for tokens, _, _ in found],
@@ -81,17 +83,21 @@ def _search(
         if ctc:
             last = torch.tensor([p[-1] if p else -1 for p in prefixes], device=device)
             ctc_score, extended = ctc.extend(ctc_states, last)
-            total = (1 - ctc_weight) * attention + ctc_weight * ctc_score
+            total = (1 - ctc_weight) * attention + ctc_weight * ctc_score.to(attention)
             total = total.masked_fill(attention == float("-inf"), float("-inf"))
         vocabulary = total.shape[1]
         if length == limit:  # no more room: every hypothesis ends here
             values = total[:, EOS].tolist()
-            ended += [(_normal(v, length + 1, length_penalty), p) for v, p in zip(values, prefixes, strict=True)]
+            ended += [
+                (_normal(v, length + 1, length_penalty), p) for v, p in zip(values, prefixes, strict=True)
+            ]
             break
         values, flat = total.flatten().topk(min(beam, total.numel()))
         rows, tokens = flat // vocabulary, flat % vocabulary
         going = []
-        for j, (value, row, t) in enumerate(zip(values.tolist(), rows.tolist(), tokens.tolist(), strict=True)):
+        for j, (value, row, t) in enumerate(
+            zip(values.tolist(), rows.tolist(), tokens.tolist(), strict=True)
+        ):
             if value == float("-inf"):
                 continue
             if t == EOS:
@@ -101,8 +107,10 @@ def _search(
         if not going:
             break
         best_end = max((s for s, _ in ended), default=float("-inf"))
-        bound = _normal(float(values[going[0]]), limit + 1 if length_penalty > 0 else length + 1, length_penalty)
-        if len(ended) >= beam or (ended and bound <= best_end):
+        bound = _normal(
+            float(values[going[0]]), limit + 1 if length_penalty > 0 else length + 1, length_penalty
+        )
+        if ended and bound <= best_end:  # no continuation can score better
             break
         index = torch.tensor(going, device=device)
         rows, token = rows[index], tokens[index]

@@ -6,6 +6,7 @@ Source of the prefix scores: Watanabe et al., "Hybrid CTC/attention architecture
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError
@@ -24,9 +25,7 @@ def ctc_greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
     sentences = []
     for row, n in zip(best.tolist(), lengths.tolist(), strict=True):
         path = row[:n]
-        sentences.append(
-            [t for i, t in enumerate(path) if t != BLANK and (i == 0 or t != path[i - 1])]
-        )
+        sentences.append([t for i, t in enumerate(path) if t != BLANK and (i == 0 or t != path[i - 1])])
     return sentences
 
 
@@ -42,11 +41,14 @@ class CtcPrefix:
     """
 
     def __init__(self, log_probs: Tensor, end: int) -> None:
-        self.log_probs, self.end = log_probs, end
+        # Differences of sums over all frames: float32 would lose three digits.
+        self.log_probs, self.end = log_probs.double(), end
+        self._summed = self.log_probs.cumsum(0).T  # [V, M]
+        self._shifted = F.pad(self._summed, (1, 0))[:, :-1]
 
     def start(self) -> Tensor:
         """State of the empty prefix, [M, 2]."""
-        blank = self.log_probs[:, BLANK].cumsum(0)
+        blank = self._summed[BLANK]
         return torch.stack((torch.full_like(blank, float("-inf")), blank), -1)
 
     def extend(self, states: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,27 +62,22 @@ class CtcPrefix:
             Log-probability of "starts with prefix + token" [K, vocabulary]; for the end token, of the prefix being all.
             States of the extended hypotheses, [K, vocabulary, M, 2].
         """
-        frames, vocabulary = self.log_probs.shape
-        k = len(states)
         emit, blank = states[..., 0], states[..., 1]  # [K, M]
         either = torch.logaddexp(emit, blank)
         # A repeated token needs a blank between: only the paths that end in blank go on.
-        same = torch.arange(vocabulary, device=last.device) == last[:, None]  # [K, V]
-        before = torch.where(same[..., None], blank[:, None], either[:, None])  # [K, V, M]
-        none = torch.full((k, vocabulary), float("-inf"), device=states.device, dtype=states.dtype)
-        empty = (last == -1)[:, None]
-        new_emit = [torch.where(empty, self.log_probs[0], none)]
-        new_blank = [none]
-        total = new_emit[0]
-        for t in range(1, frames):
-            arrive = before[..., t - 1] + self.log_probs[t]
-            new_emit.append(torch.logaddexp(new_emit[-1] + self.log_probs[t], arrive))
-            new_blank.append(torch.logaddexp(new_emit[-2], new_blank[-1]) + self.log_probs[t, BLANK])
-            total = torch.logaddexp(total, arrive)
-        total = total.clone()
+        same = torch.arange(self.log_probs.shape[1], device=last.device) == last[:, None]  # [K, V]
+        before = torch.where(same[..., None], blank[:, None], either[:, None])[..., :-1]
+        first = torch.where(last == -1, 0.0, float("-inf")).to(before)[:, None, None].expand(*same.shape, 1)
+        arrive = torch.cat((first, before), -1)  # [K, V, M]: just before the new token's first frame
+        # Staying on a token is a running product, so the recursion over frames is one cumulative sum.
+        new_emit = self._summed + torch.logcumsumexp(arrive - self._shifted, -1)
+        blanks = self._summed[BLANK]
+        new_blank = torch.full_like(new_emit, float("-inf"))
+        new_blank[..., 1:] = blanks[1:] + torch.logcumsumexp(new_emit[..., :-1] - blanks[:-1], -1)
+        total = torch.logsumexp(arrive + self.log_probs.T, -1)
         total[:, self.end] = either[:, -1]
         total[:, BLANK] = float("-inf")
-        return total, torch.stack((torch.stack(new_emit, -1), torch.stack(new_blank, -1)), -1)
+        return total, torch.stack((new_emit, new_blank), -1)
 
 
 def forced_alignment(log_probs: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
@@ -102,8 +99,12 @@ def forced_alignment(log_probs: Tensor, tokens: list[int]) -> list[tuple[int, in
         return []
     repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
     if len(tokens) + repeats > len(log_probs):
-        raise ConfigError(f"{len(tokens)} tokens with {repeats} repeats cannot be aligned to {len(log_probs)} places")
+        raise ConfigError(
+            f"{len(tokens)} tokens with {repeats} repeats cannot be aligned to {len(log_probs)} places"
+        )
     path, scores = AF.forced_align(
-        log_probs[None].float(), torch.tensor([tokens], dtype=torch.int32, device=log_probs.device), blank=BLANK
+        log_probs[None].float(),
+        torch.tensor([tokens], dtype=torch.int32, device=log_probs.device),
+        blank=BLANK,
     )
     return [(span.start, span.end - 1) for span in AF.merge_tokens(path[0], scores[0], blank=BLANK)]

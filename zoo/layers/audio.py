@@ -70,7 +70,11 @@ class LogMel(nn.Module):
         """Log mel energies before normalisation, [B, S] -> [B, T, n_mels]."""
         half = self.n_fft // 2
         # The last frame is centred on the last multiple of the hop.
-        right = half if (audio.shape[1] - 1) % self.hop == 0 else half - (audio.shape[1] - 1) % self.hop + self.hop
+        right = (
+            half
+            if (audio.shape[1] - 1) % self.hop == 0
+            else half - (audio.shape[1] - 1) % self.hop + self.hop
+        )
         spectrum = torch.stft(
             F.pad(audio, (half, right)),
             self.n_fft,
@@ -146,7 +150,9 @@ class SpecAugment(nn.Module):
         b, t, f = x.shape
         drop = torch.zeros(b, t, f, dtype=torch.bool, device=x.device)
         if self.freq_masks and self.freq_width:
-            drop |= self._stretches(x, self.freq_masks, lengths.new_full((b,), f), self.freq_width, f)[:, None]
+            drop |= self._stretches(x, self.freq_masks, lengths.new_full((b,), f), self.freq_width, f)[
+                :, None
+            ]
         if self.time_masks and self.time_ratio:
             widths = lengths * self.time_ratio
             drop |= self._stretches(x, self.time_masks, lengths, widths, t)[..., None]
@@ -165,7 +171,7 @@ class SpecAugment(nn.Module):
 
 
 class ConvSubsampling(nn.Module):
-    """Strided convolutions that shorten the frames 2, 4 or 8 times, then a linear map to the model's width.
+    """Strided convolutions that shorten the frames 2, 4 or 8 times, then a linear map to the model's width and a norm.
 
     Padded frames are zeroed before each layer, so an utterance is encoded alike in every batch.
 
@@ -206,6 +212,8 @@ class ConvSubsampling(nn.Module):
             width, bands = channels, (bands + 1) // 2
         self.layers = nn.ModuleList(layers)
         self.out = nn.Linear(width if kind == "conv1d" else channels * bands, dim)
+        # Without it tokens start at a sixth of the size of the positions added to them, and learning is slow.
+        self.norm = nn.LayerNorm(dim)
 
     def lengths(self, frames: Tensor) -> Tensor:
         """Number of tokens of so many frames."""
@@ -223,4 +231,4 @@ class ConvSubsampling(nn.Module):
             mask = length_mask(frames, x.shape[-1] if flat else x.shape[2])
             x = x * (mask[:, None] if flat else mask[:, None, :, None])
         x = x.transpose(1, 2) if flat else x.transpose(1, 2).flatten(2)
-        return self.out(x), frames
+        return self.norm(self.out(x)), frames

@@ -100,9 +100,7 @@ class SpeechModel(nn.Module):
         super().__init__()
         _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
         self.dim, self.vocab_size = dim, vocab_size
-        self.front = LogMel(
-            sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise
-        )
+        self.front = LogMel(sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise)
         self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio)
         self.stem = ConvSubsampling(n_mels, dim, factor=subsampling, kind=stem, channels=stem_channels)
         relative = _relative(position, encoder, attention["encoder"])
@@ -283,6 +281,8 @@ def _check(
     if num_heads < 1 or dim % num_heads or dim % 2:
         raise ConfigError(f"num_heads={num_heads} must divide dim={dim}, and dim must be even")
     if encoder_layers < 1 or decoder_layers < 0:
-        raise ConfigError(f"encoder_layers={encoder_layers} must be >= 1, decoder_layers={decoder_layers} >= 0")
+        raise ConfigError(
+            f"encoder_layers={encoder_layers} must be >= 1, decoder_layers={decoder_layers} >= 0"
+        )
     if vocab_size < 4:
         raise ConfigError(f"vocab_size={vocab_size}: three special tokens and at least one other")

@@ -1,0 +1,235 @@
+"""Speech models: padding, caches, lengths, slots."""
+
+import copy
+
+import pytest
+import torch
+
+from zoo.attention.registry import get_attention, list_attention
+from zoo.attention.slots import misfit, resolve_slots
+from zoo.decoding import beam_search, greedy
+from zoo.errors import CapabilityError, ConfigError
+from zoo.models._speech import BOS
+from zoo.models.registry import build_model, get_model, model_options
+
+TINY = {
+    "vocab_size": 15,
+    "sample_rate": 8000,
+    "n_mels": 20,
+    "dim": 32,
+    "num_heads": 2,
+    "encoder_layers": 2,
+    "stem_channels": 4,
+}
+MODELS = ("aed", "aed_shallow", "firered_aed", "ctc")
+
+
+def make(name="aed", attention="softmax", **options):
+    torch.manual_seed(0)
+    options = {**TINY, **options}
+    slots = get_model(name).slots(**options)
+    model = build_model(name, resolve_slots(slots, {"name": attention}), **options)
+    with torch.no_grad():  # sharpen the outputs, so that decoding has something to say
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+def sound(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(len(lengths), max(lengths), generator=generator) * 0.1, torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_changes_nothing(name):
+    """An utterance alone, in a padded batch, and with noise behind its end is encoded and decoded alike."""
+    model = make(name)
+    audio, lengths = sound(4000, 1777, 2901)
+    memory, count = model.encode(audio, lengths)
+    for i, n in enumerate(lengths.tolist()):
+        alone, own = model.encode(audio[i : i + 1, :n], lengths[i : i + 1])
+        assert int(own) == int(count[i]) == alone.shape[1]
+        torch.testing.assert_close(memory[i, : int(own)], alone[0], atol=2e-5, rtol=1e-4)
+    if model.has_decoder:
+        prefix = torch.randint(3, 15, (3, 6))
+        logits = model.decode(prefix, memory, count)
+        other = model.decode(prefix[1:2], *model.encode(audio[1:2, :1777], lengths[1:2]))
+        torch.testing.assert_close(logits[1], other[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stem", ["conv1d", "conv2d", "depthwise"])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_length_formula(stem, factor):
+    """Frames and tokens of every short utterance are as many as the formula says."""
+    model = make(stem=stem, subsampling=factor, encoder_layers=1)
+    for samples in [*range(1, 260, 3), 799, 800, 801, 1601]:
+        audio, lengths = sound(samples)
+        features, frames = model.front(audio, lengths)
+        tokens, count = model.stem(features, frames)
+        assert features.shape[1] == int(frames) == int(model.front.frames(lengths))
+        assert tokens.shape[1] == int(count) == int(model.stem.lengths(frames))
+
+
+def streaming_variants():
+    names = set()
+    for slot in ("decoder", "cross"):
+        names |= {n for n in list_attention() if misfit(n, get_model("aed").slots()[slot]) is None}
+    return sorted(names)
+
+
+@pytest.mark.parametrize("attention", streaming_variants())
+def test_steps_equal_whole(attention):
+    """Step by step with caches or states equals the teacher-forced pass, for each variant that decodes."""
+    try:
+        model = make(attention=attention, decoder_layers=2)
+    except CapabilityError as error:
+        pytest.skip(str(error))
+    memory, count = model.encode(*sound(2400, 1300))
+    prefix = torch.randint(3, 15, (2, 9))
+    prefix[:, 0] = BOS
+    whole = model.decode(prefix, memory, count)
+    state = model.init_state(memory, count)
+    with torch.no_grad():
+        for t in range(prefix.shape[1]):
+            logits, state = model.step(prefix[:, t], state)
+            torch.testing.assert_close(logits, whole[:, t], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", streaming_variants())
+def test_cached_greedy_equals_recomputation(attention):
+    """The same sentences come out with and without states."""
+    model = make(attention=attention)
+    memory, count = model.encode(*sound(2400, 1300, 700))
+    assert greedy(model, memory, count).tokens == greedy(model, memory, count, cached=False).tokens
+
+
+def test_future_tokens_do_not_matter():
+    model = make()
+    memory, count = model.encode(*sound(2000))
+    prefix = torch.randint(3, 15, (1, 8))
+    changed = prefix.clone()
+    changed[:, 5:] = 3
+    a, b = model.decode(prefix, memory, count), model.decode(changed, memory, count)
+    torch.testing.assert_close(a[:, :5], b[:, :5], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+def test_batch_of_one_equals_batch_of_many():
+    """Neighbours never change a hypothesis, greedy or beam."""
+    model = make()
+    audio, lengths = sound(3000, 1200, 2100)
+    memory, count = model.encode(audio, lengths)
+    for search in (greedy, lambda *a: beam_search(*a, beam=3, ctc_weight=0.3)):
+        together = search(model, memory, count)
+        for i, n in enumerate(lengths.tolist()):
+            alone = search(model, *model.encode(audio[i : i + 1, :n], lengths[i : i + 1]))
+            assert alone.tokens[0] == together.tokens[i]
+
+
+def test_beam_of_one_is_greedy():
+    model = make()
+    memory, count = model.encode(*sound(3000, 1200))
+    assert beam_search(model, memory, count, beam=1).tokens == greedy(model, memory, count).tokens
+
+
+def test_wider_beam_scores_no_worse():
+    model = make()
+    memory, count = model.encode(*sound(3000, 1200))
+    narrow = beam_search(model, memory, count, beam=1).scores
+    wide = beam_search(model, memory, count, beam=8).scores
+    assert bool((wide >= narrow - 1e-5).all())
+
+
+def test_relative_positions():
+    """The bias is Transformer-XL's: equal to adding position vectors to the keys, offset by offset."""
+    model = make("firered_aed", encoder_layers=1)
+    block = model.encoder[0]
+    assert model.position == "rel" and block.relative is not None
+    x = torch.randn(1, 5, 32)
+    bias = block.relative(x)
+    from zoo.layers.position import sine_positions
+
+    q, k, _ = block.attn.project(x, x, x)
+    r = block.relative
+    for i in range(5):
+        for j in range(5):
+            p = r.position(sine_positions(torch.tensor([i - j]), 32)).view(2, 16)
+            expected = ((q[0, :, i] + r.position_bias) * p).sum(-1) + (r.content_bias * k[0, :, j]).sum(-1)
+            torch.testing.assert_close(bias[0, :, i, j], expected / 4, atol=1e-5, rtol=1e-4)
+    twin = copy.deepcopy(model)
+    assert twin.encoder[0].relative.attention is twin.encoder[0].attn
+
+
+def test_relative_falls_back_to_sine_by_variant():
+    names = [n for n in list_attention(pattern="self") if get_attention(n).capabilities.bias != "full"]
+    slot = get_model("firered_aed").slots()["encoder"]
+    name = next(n for n in names if misfit(n, slot) is None)
+    assert make("firered_aed", attention=name).position == "sine"
+
+
+def test_slots_follow_the_decoder():
+    assert set(get_model("aed").slots()) == {"encoder", "decoder", "cross"}
+    assert set(get_model("ctc").slots()) == {"encoder"}
+    assert set(get_model("aed").slots(decoder_layers=0)) == {"encoder"}
+
+
+def test_depth_moves_at_equal_size():
+    """aed_shallow has the weights of aed, in other places."""
+    sizes = []
+    for name in ("aed", "aed_shallow"):
+        model = build_model(name, resolve_slots(get_model(name).slots(), {"name": "softmax"}))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.01
+
+
+def test_short_and_empty_audio():
+    """One sample, less than a frame, nothing: no crash and no NaN."""
+    model = make()
+    for samples in (0, 1, 80):
+        audio = torch.zeros(2, max(samples, 1))
+        memory, count = model.encode(audio, torch.tensor([samples, 1]))
+        assert bool(memory.isfinite().all())
+        assert len(greedy(model, memory, count).tokens) == 2
+
+
+def test_options_include_inherited_ones():
+    assert model_options("aed_shallow")["encoder_layers"] == 6
+    assert model_options("aed_shallow")["stem"] == "conv1d"
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"encoder": "rnn"}, "transformer or conformer"),
+        ({"position": "rel"}, "encoder=conformer"),
+        ({"subsampling": 3}, "2, 4 or 8"),
+        ({"stem": "fft"}, "conv1d"),
+        ({"num_heads": 5}, "must divide"),
+        ({"normalise": "batch"}, "utterance, global or none"),
+        ({"conv_kernel": 4, "encoder": "conformer"}, "odd"),
+        ({"time_ratio": 1.5}, "outside"),
+    ],
+)
+def test_bad_options_name_the_way_out(options, hint):
+    with pytest.raises(ConfigError, match=hint):
+        make(**options)
+
+
+def test_spec_augment_stays_inside_the_utterance():
+    """Masks hide at most what they may, and only in training."""
+    from zoo.layers.audio import SpecAugment
+
+    layer = SpecAugment(freq_masks=1, freq_width=5, time_masks=2, time_ratio=0.1)
+    x, lengths = torch.ones(4, 100, 20), torch.tensor([100, 50, 20, 1])
+    torch.manual_seed(0)
+    hidden_rows = 0
+    for _ in range(50):
+        y = layer(x, lengths)
+        rows = (y == 0).all(-1)
+        hidden_rows += int(rows.sum())
+        for row, n in zip(rows, lengths.tolist(), strict=True):
+            assert not bool(row[n:].any())
+            assert int(row.sum()) <= 2 * (0.1 * n + 1)
+        assert int((y == 0).all(1).sum(-1).max()) <= 5
+    assert hidden_rows > 0
+    assert layer.eval()(x, lengths) is x

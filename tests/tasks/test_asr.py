@@ -1,0 +1,210 @@
+"""Speech to text: losses, metrics, every variant, prediction."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data import create_data
+from tasks.asr import SpeechToText, with_ends
+from zoo.attention.registry import list_attention
+from zoo.attention.slots import resolve_slots
+from zoo.errors import CapabilityError, ConfigError, DataError
+from zoo.models.registry import build_model, get_model
+from zoo.predict.asr import TaskPredictor, quiet_cuts
+
+
+@pytest.fixture(scope="module")
+def tones():
+    data = create_data("tones", train_size=48, val_size=8, test_size=8, batch_size=16)
+    data.setup()
+    return data
+
+
+def make(data, name="aed", attention="softmax", task_options=None, **options):
+    torch.manual_seed(0)
+    options = {"dim": 32, "num_heads": 2, "n_mels": 24, "encoder_layers": 2, **options}
+    options |= SpeechToText.model_arguments(data)
+    slots = resolve_slots(get_model(name).slots(**options), {"name": attention}, task="asr")
+    return SpeechToText(build_model(name, slots, **options), data, **(task_options or {}))
+
+
+def train(task, steps, lr=2e-3):
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr)
+    loader, losses = task.data.train_dataloader(), []
+    for epoch in range(1000):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            loss = sum(task.losses(batch).values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if len(losses) == steps:
+                return losses
+
+
+@pytest.mark.parametrize("attention", list_attention())
+def test_every_variant_trains_or_says_why_not(tones, attention):
+    """Each variant fills the slots that it defines and gives finite gradients, or refuses with the way out."""
+    try:
+        task = make(tones, attention=attention)
+    except CapabilityError as error:
+        assert "try attention@" in str(error) or "variants that do" in str(error)
+        return
+    task.train()
+    losses = train(task, 2)
+    assert np.isfinite(losses).all()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in task.model.parameters())
+    task.eval()
+    metrics = task.make_metrics()
+    with torch.no_grad():
+        task.update_metrics(next(iter(tones.val_dataloader())), metrics, "valid")
+    assert {"cer", "wer", "cer_ctc", "loss"} <= set(metrics.compute())
+
+
+@pytest.mark.parametrize("name", ["firered_aed", "aed_shallow", "ctc"])
+def test_every_model_trains(tones, name):
+    task = make(tones, name, stem_channels=4)
+    losses = train(task.train(), 12)
+    assert losses[-1] < losses[0]
+    assert ("cer_ctc" in task.make_metrics()) == (name != "ctc")
+
+
+@pytest.mark.slow
+def test_learns_tones():
+    """From nothing to under 10 % character errors on unseen strings; the answer without listening has 80 % or more."""
+    data = create_data("tones", train_size=512, val_size=32, test_size=64, batch_size=32)
+    task = make(data, dim=64, encoder_layers=2, decoder_layers=1, dropout=0.0)
+    train(task.train(), 450)
+    task.eval()
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            task.test_step(batch, 0)
+    scores = task.compute_metrics("test")
+    assert min(b["cer"] for b in data.baselines().values()) > 0.7
+    assert scores["cer_ctc"] < 0.1 and scores["cer"] < 0.25
+    assert scores["rtfx"] > 1
+
+
+def test_targets():
+    inputs, targets = with_ends(torch.tensor([[5, 6, 7], [8, 0, 0]]), torch.tensor([3, 1]))
+    assert inputs.tolist() == [[1, 5, 6, 7], [1, 8, 0, 0]]
+    assert targets.tolist() == [[5, 6, 7, 2], [8, 2, -100, -100]]
+
+
+def test_loss_ignores_padding(tones):
+    """A batch padded further, in sound and in text, has the same loss."""
+    task = make(tones).eval()
+    batch = next(iter(tones.val_dataloader()))
+    wider = dict(batch)
+    wider["audio"] = torch.nn.functional.pad(batch["audio"], (0, 3333), value=0.3)
+    wider["tokens"] = torch.nn.functional.pad(batch["tokens"], (0, 5))
+    with torch.no_grad():
+        a, b = task.losses(batch), task.losses(wider)
+    for key in a:
+        assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+
+
+def test_metrics_are_corpus_level(tones):
+    """Rates over the whole split do not depend on the batches it comes in."""
+    from data.speech_baselines import error_rates
+
+    task = make(tones).eval()
+    results = []
+    for size in (8, 3):
+        tones.eval_batch_size = size
+        metrics = task.make_metrics()
+        task.examples.clear()
+        with torch.no_grad():
+            for batch in tones.test_dataloader():
+                task.update_metrics(batch, metrics, "test")
+        results.append({k: float(v) for k, v in metrics.compute().items() if k != "loss"})
+    assert results[0]["cer"] == pytest.approx(results[1]["cer"])
+    references, hypotheses, _ = zip(*task.examples, strict=True)
+    assert results[0]["cer"] == pytest.approx(error_rates(hypotheses, references)["cer"], abs=1e-6)
+    assert results[0]["wer"] == pytest.approx(error_rates(hypotheses, references)["wer"], abs=1e-6)
+
+
+def test_global_statistics(tones):
+    """normalise=global makes the training features' bands of mean 0 and deviation 1, and stores that in the weights."""
+    task = make(tones, normalise="global", task_options={"statistics_utterances": 48})
+    features = []
+    for batch in tones.loader("train"):
+        x, frames = task.model.front(batch["audio"], batch["audio_length"])
+        features += [row[:n] for row, n in zip(x, frames.tolist(), strict=True)]
+    x = torch.cat(features)
+    assert float(x.mean(0).abs().max()) < 0.05 and float((x.std(0) - 1).abs().max()) < 0.05
+    assert "front.mean" in task.model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [({"ctc_weight": 2}, "ctc_weight"), ({"beam": 0}, "beam"), ({"label_smoothing": 1}, "smoothing")],
+)
+def test_bad_options(tones, options, hint):
+    with pytest.raises(ConfigError, match=hint):
+        make(tones, task_options=options)
+
+
+# ------------------------------------------------------------------------------------------- prediction
+
+
+def predictor(data, name="aed"):
+    task = make(data, name)
+    return TaskPredictor(task.model.eval(), {"preprocessing": data.preprocessing()})
+
+
+@pytest.mark.parametrize("name", ["aed", "ctc"])
+def test_prediction_from_files(tones, tmp_path, name):
+    """A file of any rate gives text and words in time order; the card alone is enough."""
+    p = predictor(tones, name)
+    json.dumps(p.preprocessing)
+    path = tmp_path / "a.flac"
+    rng = np.random.default_rng(0)
+    soundfile.write(path, 0.1 * rng.standard_normal((16000, 2)), 16000)
+    found = p.predict(path)
+    assert found["duration_s"] == pytest.approx(1.0, abs=0.01)
+    times = [t for w in found["words"] for t in (w["start_s"], w["end_s"])]
+    assert times == sorted(times)
+    assert found["text"].split() == [w["word"] for w in found["words"]]
+    assert str(path) in p.format(path, found)
+
+
+def test_odd_recordings(tones, tmp_path):
+    """Silence and clicks say nothing; empty, NaN, missing and foreign files are named; ten minutes come in parts."""
+    p = predictor(tones)
+    assert p.predict((np.zeros(8000), 8000))["text"] == ""
+    assert p.predict((np.full(80, 0.1), 8000))["text"] == ""
+    for raw, hint in (
+        ((np.zeros(0), 8000), "no audio"),
+        ((np.array([0.0, np.nan] * 4000), 8000), "NaN"),
+        (tmp_path / "none.wav", "no audio file"),
+    ):
+        with pytest.raises(DataError, match=hint):
+            p.predict(raw)
+    (tmp_path / "text.wav").write_text("hello")
+    with pytest.raises(DataError, match="not readable"):
+        p.predict(tmp_path / "text.wav")
+    rng = np.random.default_rng(0)
+    quiet = np.zeros(600 * 8000, dtype=np.float32)
+    quiet[: 3 * 8000] = 0.1 * rng.standard_normal(3 * 8000)
+    found = p.predict((quiet, 8000))
+    assert found["duration_s"] == 600.0 and found["chunks"] > 100
+
+
+def test_cuts_are_quiet_and_complete():
+    rng = np.random.default_rng(0)
+    wave = rng.standard_normal(50_000).astype(np.float32)
+    for begin in range(6000, 50_000, 7000):
+        wave[begin : begin + 800] = 0
+    bounds = quiet_cuts(wave, 8000, 10_000)
+    assert bounds[0][0] == 0 and bounds[-1][1] == 50_000
+    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(0 < end - begin <= 10_000 for begin, end in bounds)
+    for _, end in bounds[:-1]:
+        assert np.abs(wave[end - 100 : end + 100]).max() == 0
+    assert quiet_cuts(wave[:50], 8000, 10_000) == [(0, 50)]
