@@ -1,0 +1,38 @@
+"""Products of queries and keys with a decay per channel between them."""
+
+import torch
+from torch import Tensor
+
+# Rows of the blocks that are summed directly.
+BASE = 4
+
+
+def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tensor:
+    """``A_ri = sum_d q_rd k_id exp(cum_rd - cum_id)`` for i <= r (i < r without ``diagonal``), zero above; [..., T, T].
+
+    T is a power of two. Blocks are joined pairwise: inside an upper-right/lower-left split at row m both factors are taken relative to
+    ``cum_{m-1}``, so both exponents are at most zero whatever the gates; only blocks of ``BASE`` rows are summed directly.
+
+    Args:
+        q: [..., R, T, D] or [..., T, D]; R query sets that share the keys.
+        k: [..., T, D].
+        cum: Cumulative log decays, [..., T, D].
+        diagonal: Keep i = r.
+    """
+    size = k.shape[-2]
+    base = min(BASE, size)
+    qb, kb, cb = (t.unflatten(-2, (-1, base)) for t in (q, k, cum))
+    keep = torch.ones(base, base, dtype=torch.bool, device=q.device).tril(0 if diagonal else -1)
+    gap = (cb[..., :, None, :] - cb[..., None, :, :]).masked_fill(~keep[..., None], float("-inf"))
+    out = (qb[..., :, None, :] * (kb[..., None, :, :] * gap.exp())).sum(-1)  # [..., T / base, base, base]
+    while base < size:
+        qp, kp, cp = (t.unflatten(-2, (-1, 2, base)) for t in (q, k, cum))
+        middle = cp[..., 0, -1:, :]
+        upper = qp[..., 1, :, :] * (cp[..., 1, :, :] - middle).exp()
+        lower = kp[..., 0, :, :] * (middle - cp[..., 0, :, :]).exp()
+        left_below = upper @ lower.mT
+        pairs = out.unflatten(-3, (-1, 2))
+        top = torch.cat((pairs[..., 0, :, :], torch.zeros_like(left_below)), -1)
+        out = torch.cat((top, torch.cat((left_below, pairs[..., 1, :, :]), -1)), -2)
+        base *= 2
+    return out.squeeze(-3)

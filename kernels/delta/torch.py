@@ -1,0 +1,96 @@
+"""The delta rule in chunks (WY / UT transform), in plain differentiable torch operations.
+
+Inside a chunk with cumulative log decay c: ``A_ri = beta_r k_r.k_i e^{c_r - c_i}`` (i < r), ``[U W] = (I + A)^{-1} diag(beta) [V, K e^c]``; then
+``S' = (diag(e^{c_T}) - Kd^T W) S + Kd^T U`` with ``Kd = K e^{c_T - c}``: one matrix product per chunk in the loop, everything else in parallel
+over chunks. The triangular system is solved by substitution in float32 or float64 (powers of A lose accuracy for repeated keys).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels._common.gates import gated_products
+from kernels._common.prefix import chunked
+
+CHUNK = 64
+VECTOR_CHUNK = 32
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    log_g: Tensor | None,
+    read: str,
+    initial: Tensor | None,
+    chunk: int | None = None,
+    outputs: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Arguments as in ``reference.scan``.
+
+    Args:
+        chunk: Steps per chunk.
+        outputs: False computes the last state alone.
+
+    Returns:
+        o [B, H, L, E] (None without ``outputs``) and the last state [B, H, D, E].
+    """
+    length, e = q.shape[2], v.shape[-1]
+    vector = log_g is not None and log_g.dim() == 4
+    chunk = max(1, min(chunk or (VECTOR_CHUNK if vector else CHUNK), length))
+    if vector:
+        chunk = 1 << (chunk - 1).bit_length()  # halves must be whole
+    qc, kc, vc = (chunked(t, chunk) for t in (q, k, v))
+    bc = chunked(beta, chunk)[..., None]
+    inclusive = read == "inclusive"
+    mixed = None
+    if log_g is None:
+        overlap = (kc @ kc.mT).tril(-1)
+        if outputs:
+            mixed = (qc @ kc.mT).tril(0 if inclusive else -1)
+        k_start, k_end, q_start, across = kc, kc, qc, None
+    elif vector:
+        cum = chunked(log_g, chunk).cumsum(-2)
+        total = cum[..., -1:, :]
+        overlap = gated_products(kc, kc, cum, diagonal=False)
+        if outputs:
+            mixed = gated_products(qc, kc, cum, diagonal=inclusive)
+        from_start = cum.exp()
+        k_start, q_start, k_end = kc * from_start, qc * from_start, kc * (total - cum).exp()
+        across = total.exp().mT
+    else:
+        cum = chunked(log_g, chunk).cumsum(-1)
+        total = cum[..., -1:]
+        seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+        # Masked before exp: entries above the diagonal may be large, and inf * 0 would make gradients NaN.
+        decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~seen, float("-inf")).exp()
+        overlap = ((kc @ kc.mT) * decay).tril(-1)
+        if outputs:
+            mixed = (qc @ kc.mT) * decay
+            mixed = mixed if inclusive else mixed.tril(-1)
+        from_start = cum.exp()[..., None]
+        k_start, q_start, k_end = kc * from_start, qc * from_start, kc * (total - cum).exp()[..., None]
+        across = total.exp()[..., None]
+    system = overlap * bc  # strictly lower; the unit diagonal is implied
+    solved = torch.linalg.solve_triangular(
+        system, bc * torch.cat((vc, k_start), -1), upper=False, unitriangular=True
+    )
+    u, w = solved[..., :e], solved[..., e:]
+    moved = k_end.mT @ torch.cat((u, w), -1)  # [B, H, C, D, E + D]
+    writes, erases = moved[..., :e], moved[..., e:]
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    keeps = (eye if across is None else eye * across) - erases
+    state = torch.zeros_like(writes[:, :, 0]) if initial is None else initial
+    past = []
+    shape = state.shape
+    state = state.flatten(0, 1)
+    for keep, write in zip(keeps.flatten(0, 1).unbind(1), writes.flatten(0, 1).unbind(1), strict=True):
+        past.append(state)
+        state = torch.baddbmm(write, keep, state)
+    last = state.unflatten(0, shape[:2])
+    if not outputs:
+        return None, last
+    before = torch.stack(past, 1).unflatten(0, shape[:2])
+    o = q_start @ before + mixed @ (u - w @ before)
+    return o.flatten(2, 3)[:, :, :length], last
