@@ -8,6 +8,7 @@ COMMANDS = {
     "show": "one variant, or the card of trained weights",
     "predict": "use trained weights on files",
     "fetch": "bring data sets into the cache, for machines without network",
+    "docs": "write the generated tables of README anew",
     "bench": "time a task's training step or the operations",
 }
 

@@ -61,6 +61,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = None
+        if not is_main_process():  # the other processes of a distributed run write nothing
+            return
         path.mkdir(parents=True, exist_ok=True)
         self._lock = open(path / ".lock", "a+")
         try:
@@ -75,8 +78,14 @@ class RunFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._lock.close()
-        (self.path / ".lock").unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
+            (self.path / ".lock").unlink(missing_ok=True)
+
+
+def is_main_process() -> bool:
+    """False in processes that a launcher started beside the first one."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def versions() -> dict[str, str]:

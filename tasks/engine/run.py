@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from tasks.base import ZooTask
 from tasks.engine.callbacks import AtomicCheckpointIO, Speed, build_callbacks, load_checkpoint
 from tasks.engine.csv_logger import MetricsCsv
-from tasks.engine.folder import RunFolder, command, git_commit, versions, write_atomic, write_json
+from tasks.engine.folder import (
+    RunFolder,
+    command,
+    git_commit,
+    is_main_process,
+    versions,
+    write_atomic,
+    write_json,
+)
 from tasks.engine.report import print_result, print_slots
 from tasks.registry import check_options, get_data, get_task
 from zoo.attention.slots import AttentionFactory, resolve_slots, slot_table
@@ -36,7 +45,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     _quiet()
     with RunFolder(folder):
-        if not cfg.resume:
+        if not cfg.resume and is_main_process():
             write_atomic(folder / "config.yaml", lambda p: OmegaConf.save(cfg, p, resolve=True))
         L.seed_everything(cfg.seed, verbose=False)
         torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
@@ -44,7 +53,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             torch.set_num_threads(cfg.trainer.threads)
         data = build_data(cfg)
         task, factories = build_task(cfg, data)
-        print_slots(cfg.task.name, factories)
+        if is_main_process():
+            print_slots(cfg.task.name, factories)
         trainer = build_trainer(cfg, task, folder)
         flops = count_flops(task.model, *task.example_inputs())
 
@@ -56,9 +66,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if best.exists() and not cfg.trainer.fast_dev_run:
             load_best(task, best)
         trainer.test(task, datamodule=data, verbose=False)
+        # Every process draws: figures may gather metrics from all of them.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            figures = task.figures(folder / "figures" if trainer.is_global_zero else Path(elsewhere))
         if not trainer.is_global_zero:
             return {}
-        return finish(cfg, folder, data, task, factories, trainer, flops, seconds)
+        return finish(cfg, folder, data, task, factories, trainer, flops, seconds, figures)
 
 
 def finish(
@@ -70,8 +83,9 @@ def finish(
     trainer: L.Trainer,
     flops: float,
     seconds: float,
+    figures: list[Path],
 ) -> dict[str, Any]:
-    """After the test: baselines, figures, weights, result.json and the printed table."""
+    """After the test: baselines, weights, result.json and the printed table."""
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
     test = {k.removeprefix("test/"): v for k, v in values.items() if k.startswith("test/")}
     valid = {k.removeprefix("valid/"): v for k, v in values.items() if k.startswith("valid/")}
@@ -107,7 +121,6 @@ def finish(
         "git": git_commit(),
         "command": command(),
     }
-    figures = task.figures(folder / "figures")
     result["figures"] = [str(Path(f).relative_to(folder)) for f in figures]
     save_weights(folder / "weights.safetensors", task.model, make_card(cfg, data, task, factories, result))
     for logger in trainer.loggers:
