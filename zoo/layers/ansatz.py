@@ -77,7 +77,9 @@ def cavity(points: Tensor, raw: Tensor, sharpness: float = 50.0) -> Tensor:
     """Velocity (1 - cosh(C (x - 1/2)) / cosh(C / 2), 0) on the lid y = 1 of the unit square, 0 on the other walls."""
     x, y = _columns(points)
     # exp(C (|x - 1/2| - 1/2)) without the absolute value; cosh(C / 2) itself overflows float32 for C above 176.
-    edge = (torch.exp((x - 1.0) * sharpness) + torch.exp(x * -sharpness)) * (1.0 / (1.0 + math.exp(-sharpness)))
+    edge = (torch.exp((x - 1.0) * sharpness) + torch.exp(x * -sharpness)) * (
+        1.0 / (1.0 + math.exp(-sharpness))
+    )
     lid = (1.0 - edge) * (y * y)
     inside = (x * (1.0 - x)) * (y * (1.0 - y)) * 16.0
     return torch.cat((lid + inside * raw[:, 0:1], inside * raw[:, 1:2], raw[:, 2:]), dim=1)

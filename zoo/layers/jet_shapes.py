@@ -44,12 +44,28 @@ rules("narrow")(lambda x, dim, start, length: Jet(x.c.narrow(_axis(dim), start, 
 rules("select")(lambda x, dim, index: Jet(x.c.select(_axis(dim), index), x.ring))
 rules("getitem")(lambda x, key: x[key])
 rules("detach")(lambda x: x.value.detach())
-rules("diagonal")(lambda x, offset=0, dim1=0, dim2=1: Jet(x.c.diagonal(offset, _axis(dim1), _axis(dim2)), x.ring))
+rules("diagonal")(
+    lambda x, offset=0, dim1=0, dim2=1: Jet(x.c.diagonal(offset, _axis(dim1), _axis(dim2)), x.ring)
+)
 for _name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"):
     rules(_name)(lambda x, *a, _n=_name, **k: getattr(x.value, _n)(*a, **k))
 for _name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
     rules(_name)(lambda x, *a, _n=_name, **k: getattr(torch, _n)(x.value, *a, **k))
-for _name in ("isfinite", "isnan", "isinf", "sign", "argmax", "argsort", "argmin", "eq", "ne", "gt", "ge", "lt", "le"):
+for _name in (
+    "isfinite",
+    "isnan",
+    "isinf",
+    "sign",
+    "argmax",
+    "argsort",
+    "argmin",
+    "eq",
+    "ne",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+):
     rules(_name)(lambda *a, _n=_name, **k: getattr(torch, _n)(*map(_value, a), **k))
 
 
@@ -197,7 +213,9 @@ def clamp(x: Jet, min: Any = None, max: Any = None) -> Jet:
 
 @rules("einsum")
 def einsum(equation: str, *operands: Any) -> Jet:
-    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    operands = (
+        tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    )
     jets = [isinstance(o, Jet) for o in operands]
     ring = ring_of(operands)
     if sum(jets) > 2 or "..." in equation:

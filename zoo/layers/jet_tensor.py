@@ -376,7 +376,10 @@ def elu(x: Jet, alpha: float = 1.0, inplace: bool = False) -> Jet:
         low, positive = _exp(v.clamp(max=0.0), count), v > 0
         zeros = torch.zeros_like(v)
         slopes = [torch.ones_like(v)] + [zeros] * count
-        return [F.elu(v, alpha), *(torch.where(positive, slopes[k - 1], alpha * low[k]) for k in range(1, count))]
+        return [
+            F.elu(v, alpha),
+            *(torch.where(positive, slopes[k - 1], alpha * low[k]) for k in range(1, count)),
+        ]
 
     return pointwise(x, rule)
 
@@ -469,7 +472,9 @@ def _softmax_kernel(q: Jet, k: Jet, v: Jet, **options: Any) -> Any:
 
     n, m = q.shape[2], k.shape[2]
     if options["window"] is not None or options["return_lse"] or options["dropout"]:
-        raise CapabilityError("Taylor mode of softmax attention has no window, log-sum-exp or dropout; use 'jvp'")
+        raise CapabilityError(
+            "Taylor mode of softmax attention has no window, log-sum-exp or dropout; use 'jvp'"
+        )
     q, k, v = (lift(t, next(j for j in (q, k, v) if isinstance(j, Jet))) for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1:
@@ -479,7 +484,9 @@ def _softmax_kernel(q: Jet, k: Jet, v: Jet, **options: Any) -> Any:
     if options["causal"]:
         pos_q, pos_k = query_key_positions("attention", options["positions"], q.shape[0], n, m, q.device)
     if options["causal"] or options["key_mask"] is not None:
-        visible = _visible(options["key_mask"], pos_q, pos_k, (None, 0 if options["causal"] else None), 0, n, 0, m)
+        visible = _visible(
+            options["key_mask"], pos_q, pos_k, (None, 0 if options["causal"] else None), 0, n, 0, m
+        )
         hidden = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~visible, -math.inf)
         bias = hidden if bias is None else bias + hidden
     scale = options["scale"] or q.shape[-1] ** -0.5
@@ -557,7 +564,9 @@ def forward_mode(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def _directional(function: Callable, axis: int) -> Callable:
     def pushed(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tangents = tuple(torch.ones_like(v) if n == axis else torch.zeros_like(v) for n, v in enumerate(variables))
+        tangents = tuple(
+            torch.ones_like(v) if n == axis else torch.zeros_like(v) for n, v in enumerate(variables)
+        )
         return torch.func.jvp(function, (variables,), (tangents,))[1]
 
     return pushed

@@ -85,7 +85,9 @@ class Features(nn.Module):
         self.register_buffer("half_range", ((high - low) / 2).to(torch.get_default_dtype()))
         periods = list(periods) if periods else [None] * len(lower)
         if len(periods) != len(lower):
-            raise ConfigError(f"periods={periods} needs one entry per coordinate ({len(lower)}), null for none")
+            raise ConfigError(
+                f"periods={periods} needs one entry per coordinate ({len(lower)}), null for none"
+            )
         self.plain = [i for i, p in enumerate(periods) if p is None]
         self.periodic = [(i, 2 * math.pi / p) for i, p in enumerate(periods) if p is not None]
         self.harmonics = harmonics

@@ -112,13 +112,17 @@ class PhysicsFormer(PointNetwork):
                 "at least 0"
             )
         if step <= 0 or not -self.dims <= axis < self.dims:
-            raise ConfigError(f"step={step} must be positive and axis={axis} one of the {self.dims} coordinates")
+            raise ConfigError(
+                f"step={step} must be positive and axis={axis} one of the {self.dims} coordinates"
+            )
         offsets = torch.zeros(tokens, self.dims)
         offsets[:, axis] = torch.arange(tokens) * (step * (upper[axis] - lower[axis]))
         self.register_buffer("offsets", offsets, persistent=False)
         self.embed = nn.Linear(self.features.width, dim)
         build = (dim, heads, list(hidden), act, tokens)
-        self.encoder = nn.ModuleList(PreActivated(attention["encoder"], *build) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(
+            PreActivated(attention["encoder"], *build) for _ in range(encoder_layers)
+        )
         self.encoder_act = activation(act)
         self.decoder = nn.ModuleList(PreActivated(attention["cross"], *build) for _ in range(decoder_layers))
         self.decoder_act = activation(act)

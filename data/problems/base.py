@@ -1,0 +1,155 @@
+"""What a problem is: a box, fields, an equation, conditions, and a reference that training never sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import DataError
+
+
+class Fields(Protocol):
+    """`d("u", "xx")`: derivative of a field at N points, [N]; see `zoo.layers.derivatives.Derivatives`."""
+
+    def __call__(self, field: str, by: str = "") -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on a part of the border, or on measured points.
+
+    Attributes:
+        name: Loss term it belongs to: "initial", "boundary" or "data".
+        points: Where, [N, d] float64.
+        fields: Fields that are prescribed.
+        values: Their values, [N, len(fields)] float64.
+        by: Derivative that is prescribed instead of the value, e.g. "t".
+    """
+
+    name: str
+    points: Tensor
+    fields: tuple[str, ...]
+    values: Tensor
+    by: str = ""
+
+
+class Problem:
+    """Base of all problems.
+
+    Attributes:
+        name: File stem.
+        coordinates: One-letter names; time, where there is one, comes last.
+        fields: What the network gives out.
+        lower, upper: The box.
+        derivatives: Derivatives that the residuals need.
+        periods: Period per coordinate, None where there is none.
+        ansatz: Form of `zoo.layers.ansatz` that fulfils all or some conditions.
+        hard: Names of conditions that the ansatz fulfils.
+        free_constant: Fields defined up to a constant, compared after removing their means.
+        unknowns: Coefficients to find: start value and true value.
+        source: Where the reference comes from.
+    """
+
+    name: ClassVar[str] = ""
+    coordinates: tuple[str, ...] = ("x", "t")
+    fields: tuple[str, ...] = ("u",)
+    lower: tuple[float, ...] = ()
+    upper: tuple[float, ...] = ()
+    derivatives: tuple[str, ...] = ()
+    periods: tuple[float | None, ...] | None = None
+    ansatz: str = "none"
+    ansatz_options: dict[str, Any] = {}
+    hard: tuple[str, ...] = ()
+    free_constant: tuple[str, ...] = ()
+    unknowns: dict[str, tuple[float, float]] = {}
+    source: str = ""
+
+    def residuals(self, d: Fields, points: Tensor, unknowns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Named residuals at the points, [N] each; zero for a solution."""
+        raise NotImplementedError
+
+    def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
+        """About `count` points for each condition."""
+        return []
+
+    def reference(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Test grid: points [M, d], fields [M, len(report_fields)], shape of the grid; float64."""
+        raise NotImplementedError
+
+    # Problems whose network gives potentials (stream function) report other fields than it outputs.
+    report_derivatives: tuple[str, ...] = ()
+
+    @property
+    def report_fields(self) -> tuple[str, ...]:
+        """Names of the fields that are compared with the reference."""
+        return self.fields
+
+    def report(self, d: Fields) -> Tensor:
+        """Fields to compare, [N, len(report_fields)]."""
+        return torch.stack([d(f) for f in self.report_fields], 1)
+
+    def extra_metrics(self, d: Fields) -> dict[str, Tensor]:
+        """Further quantities whose root mean square is reported, [N] each, e.g. the divergence."""
+        return {}
+
+    @property
+    def dims(self) -> int:
+        return len(self.coordinates)
+
+
+def positive(**values: float) -> None:
+    """Refuse physical parameters that are not positive."""
+    for name, value in values.items():
+        if not value > 0:
+            raise DataError(
+                f"{name}={value} must be positive; check its unit (all problems are non-dimensional)"
+            )
+
+
+def tensor_grid(axes: Sequence[np.ndarray]) -> tuple[Tensor, tuple[int, ...]]:
+    """Points [M, d] of a product grid in row-major order, and its shape."""
+    mesh = np.meshgrid(*axes, indexing="ij")
+    return torch.from_numpy(np.stack([m.ravel() for m in mesh], 1)), tuple(len(a) for a in axes)
+
+
+def exact_condition(
+    name: str,
+    points: np.ndarray,
+    exact: Callable[[Tensor], Tensor],
+    fields: tuple[str, ...],
+    columns: Sequence[int],
+) -> Condition:
+    """A condition whose values come from a closed form [N, d] -> [N, F]."""
+    at = torch.from_numpy(points)
+    return Condition(name, at, fields, exact(at)[:, list(columns)])
+
+
+def box_sides(
+    lower: Sequence[float],
+    upper: Sequence[float],
+    axes: Sequence[int],
+    count: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Uniform points on the sides of a box across `axes`, about count in all, [N, d]."""
+    parts, each = [], max(1, count // (2 * len(axes)))
+    for axis in axes:
+        for side in (lower[axis], upper[axis]):
+            p = generator.uniform(lower, upper, (each, len(lower)))
+            p[:, axis] = side
+            parts.append(p)
+    return np.concatenate(parts)
+
+
+def initial_points(
+    lower: Sequence[float], upper: Sequence[float], count: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Uniform points at the first time, [N, d]."""
+    p = generator.uniform(lower, upper, (count, len(lower)))
+    p[:, -1] = lower[-1]
+    return p

@@ -1,0 +1,74 @@
+"""Taylor-Green vortices: unsteady periodic Navier-Stokes with a closed form.
+
+    u_t + u u_x + v u_y + p_x - nu (u_xx + u_yy) = 0,   the same for v with p_y,   u_x + v_y = 0
+    [0, 2 pi]^2 periodic,  t in [0, T],  u and v prescribed at t = 0
+
+Reference, F = e^(-2 nu t): u = -cos x sin y F, v = sin x cos y F, p = -(cos 2x + cos 2y) F^2 / 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.problems.base import Condition, Problem, exact_condition, initial_points, positive, tensor_grid
+
+
+def navier_stokes(d, convection: float | Tensor, viscosity: float | Tensor) -> dict[str, Tensor]:
+    """Residuals of the unsteady incompressible equations in u, v, p over x, y, t."""
+    u, v = d("u"), d("v")
+    along_u, along_v = u * d("u", "x") + v * d("u", "y"), u * d("v", "x") + v * d("v", "y")
+    return {
+        "momentum_x": d("u", "t")
+        + convection * along_u
+        + d("p", "x")
+        - viscosity * (d("u", "xx") + d("u", "yy")),
+        "momentum_y": d("v", "t")
+        + convection * along_v
+        + d("p", "y")
+        - viscosity * (d("v", "xx") + d("v", "yy")),
+        "continuity": d("u", "x") + d("v", "y"),
+    }
+
+
+class TaylorGreen(Problem):
+    """Args: nu: viscosity, > 0; duration: T, > 0; n, nt: test grid."""
+
+    name = "taylor_green"
+    coordinates, fields = ("x", "y", "t"), ("u", "v", "p")
+    derivatives = ("x", "y", "t", "xx", "yy")
+    lower = (0.0, 0.0, 0.0)
+    periods = (2 * math.pi, 2 * math.pi, None)
+    hard = ("boundary",)
+    free_constant = ("p",)
+    source = "closed form"
+
+    def __init__(self, *, nu: float = 0.1, duration: float = 1.0, n: int = 41, nt: int = 11) -> None:
+        positive(nu=nu, duration=duration, n=n, nt=nt)
+        self.nu, self.n, self.nt = nu, n, nt
+        self.upper = (2 * math.pi, 2 * math.pi, duration)
+
+    def residuals(self, d, points, unknowns):
+        return navier_stokes(d, 1.0, self.nu)
+
+    def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
+        start = initial_points(self.lower, self.upper, 2 * count, generator)
+        return [exact_condition("initial", start, self.exact, ("u", "v"), (0, 1))]
+
+    def exact(self, points: Tensor) -> Tensor:
+        """[N, 3] -> u, v, p [N, 3]."""
+        x, y, t = points.unbind(1)
+        f = torch.exp(-2 * self.nu * t)
+        p = -0.25 * (torch.cos(2 * x) + torch.cos(2 * y)) * f * f
+        return torch.stack((-torch.cos(x) * torch.sin(y) * f, torch.sin(x) * torch.cos(y) * f, p), 1)
+
+    def reference(self):
+        side = np.linspace(0, 2 * math.pi, self.n)
+        points, shape = tensor_grid((side, side, np.linspace(0, self.upper[2], self.nt)))
+        return points, self.exact(points), shape
+
+    def extra_metrics(self, d):
+        return {"divergence": d("u", "x") + d("v", "y")}

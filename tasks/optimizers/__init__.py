@@ -1,0 +1,1 @@
+"""Optimisers that PyTorch lacks: SOAP, and full-batch quasi-Newton methods with a reported exit reason."""

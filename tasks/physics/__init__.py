@@ -1,0 +1,1 @@
+"""Parts of the physics-informed task: balancing of loss terms, sampling by residual, figures."""
