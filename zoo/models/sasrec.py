@@ -52,7 +52,7 @@ class SasRec(SequenceRecommender):
         mlp_ratio: float = 4.0,
         activation: str = "gelu",
         norm: str = "pre",
-        dropout: float = 0.2,
+        dropout: float = 0.4,
         position: str = "recency",
     ) -> None:
         super().__init__(
