@@ -16,7 +16,7 @@ SOURCES = [p for folder in ("zoo", "kernels", "tasks", "data") for p in sorted((
 
 # From the top down; a file may import its own layer and those below.
 LAYERS = [
-    ("zoo/cli", "zoo/__main__", "zoo/sklearn"),
+    ("zoo/cli", "zoo/__main__", "zoo/bench", "zoo/sklearn"),
     ("tasks",),
     ("data",),
     ("zoo",),

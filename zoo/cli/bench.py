@@ -1,0 +1,101 @@
+"""python -m zoo bench ops|--task NAME: timings in one run, refused while the tests of what is timed fail."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from zoo.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zoo bench", description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["ops"], help="operations by length")
+    parser.add_argument("--task", help="training step of this task beside its peer")
+    parser.add_argument("--attention", default="softmax", help="variant in our model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--only", nargs="+", help="names of operations")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--csv", type=Path, help="write all rows here, one long format")
+    parser.add_argument("--no-tests", action="store_true", help="do not run the tests of what is timed first")
+    args = parser.parse_args(argv)
+    if (args.what is None) == (args.task is None):
+        raise ConfigError("say what to time: `bench ops` or `bench --task vit`")
+    if not args.no_tests:
+        require_green(
+            ["tests/kernels", "-k", "not interpreter and not gate"] if args.what else ["tests/attention"]
+        )
+    from zoo.bench.timing import busy
+
+    if busy() > 0.7:
+        print(f"note: about {busy():.1f} other processes are computing; ratios are noisy", file=sys.stderr)
+    rows = time_ops(args) if args.what else time_task(args)
+    if args.csv:
+        from zoo.bench.timing import write_csv
+
+        write_csv(args.csv, rows)
+    return 0
+
+
+def require_green(selection: list[str]) -> None:
+    """Refuse to time what does not work."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *selection],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-3:])
+        raise ConfigError(f"no timing while tests fail (pytest {' '.join(selection)}):\n{tail}")
+
+
+def time_task(args: argparse.Namespace) -> list[dict]:
+    from zoo.bench.tasks import contestants
+    from zoo.bench.timing import row, take_turns
+
+    timings = take_turns(contestants(args.task, args.attention), rounds=args.rounds)
+    (mine, first), *others = timings.items()
+    print(
+        f"{mine}: {first.p50:.1f} ms a training step (p20 {first.quantile(0.2):.1f}, p80 {first.quantile(0.8):.1f})"
+    )
+    for name, timing in others:
+        print(f"{name}: {timing.p50:.1f} ms; ratio ours / theirs {first.p50 / timing.p50:.3f}")
+    print(
+        f"{len(first.times_ms)} rounds in turns, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    return [row(args.task, n, "training step", args.attention, t) for n, t in timings.items()]
+
+
+def time_ops(args: argparse.Namespace) -> list[dict]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zoo.bench.ops import compare_at, exponent
+    from zoo.bench.timing import row
+
+    by_length = {n: compare_at(n, args.only) for n in args.lengths}
+    table = Table(
+        "operation (fwd + bwd, ms)", *map(str, args.lengths), "SDPA / ours at the longest", "exponent"
+    )
+    last = by_length[args.lengths[-1]]
+    for name in last:
+        times = [by_length[n][name].p50 for n in args.lengths]
+        ratio = f"{last['torch.SDPA'].p50 / times[-1]:.1f}" if "torch.SDPA" in last else "-"
+        slope = f"{exponent(args.lengths, times):.2f}" if len(times) > 1 else "-"
+        table.add_row(name, *(f"{t:.2f}" for t in times), ratio, slope)
+    out = Console()
+    (out if out.is_terminal else Console(width=120)).print(table)
+    print(f"B 1, H 4, D 64, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    return [
+        row("ops", name, "forward+backward", f"1x4x{n}x64", timing)
+        for n, timings in by_length.items()
+        for name, timing in timings.items()
+    ]
