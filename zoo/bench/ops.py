@@ -64,19 +64,16 @@ def ours() -> dict[str, Operation]:
 
 
 def _recurrent() -> dict[str, Operation]:
-    """Decay and delta rules on fixed gates, where those operations are installed."""
-    from importlib.util import find_spec
+    """Decay scans with fixed gates."""
+    from kernels.decay import decay_scan
 
-    found: dict[str, Operation] = {}
-    if find_spec("kernels.decay"):
-        from kernels.decay import bench_operations
+    def scalar(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decay_scan(q, k, v, log_g=q.new_full(q.shape[:3], -0.05))
 
-        found |= bench_operations()
-    if find_spec("kernels.delta"):
-        from kernels.delta import bench_operations
+    def vector(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return decay_scan(q, k, v, log_g=torch.full_like(q, -0.05))
 
-        found |= bench_operations()
-    return found
+    return {"decay (scalar)": scalar, "decay (per channel)": vector}
 
 
 def compare_at(tokens: int, names: list[str] | None = None, budget_s: float = 40.0) -> dict[str, Timing]:
