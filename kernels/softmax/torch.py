@@ -13,6 +13,8 @@ from kernels.softmax import reference
 
 # Elements of one block of scores (or of a mask handed to SDPA): 2^24 floats are 64 MiB.
 BLOCK_ELEMENTS = 1 << 24
+# Where `_tiny` was measured to be faster than SDPA, forward and backward together (1.2 to 2 times).
+TINY_KEYS, TINY_QUERIES, TINY_SEQUENCES = 24, 64, 256
 
 
 def attention(
@@ -47,6 +49,11 @@ def attention(
     explicit = explicit or want_lse
     if n == 0 or m == 0 or batch == 0:
         return reference.attention(q, k, v, visible=None, bias=None, scale=scale)
+    plain = not explicit and bias is None and key_mask is None and dropout == 0.0 and group == 1
+    few = m <= TINY_KEYS and n <= TINY_QUERIES and batch * heads >= TINY_SEQUENCES
+    if plain and few and q.dtype == torch.float32 and q.device.type == "cpu":
+        if pos_q is None or (aligned and window == (None, 0)):
+            return _tiny(q, k, v, scale, causal=pos_q is not None), None
     plain_causal = aligned and bias is None and key_mask is None and n == m and window == (None, 0)
     if not explicit and (pos_q is None or plain_causal) and (bias is None and key_mask is None):
         out = F.scaled_dot_product_attention(
@@ -80,6 +87,22 @@ def attention(
     if len(outs) == 1:
         return outs[0], lses[0]
     return torch.cat(outs, 2), torch.cat(lses, 2) if explicit else None
+
+
+def _tiny(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    """Many short sequences: batched products around a softmax over the second last axis.
+
+    torch's CPU softmax over a last axis of 12 takes seven times as long as over the axis before it (11.6 against 1.6 ms
+    for 2,688 matrices of 12 x 12, one thread), so the scores are kept transposed.
+    """
+    scores = k @ (q * scale).mT  # [B, H, M, N]
+    if causal:
+        m, n = scores.shape[-2:]
+        hidden = torch.ones(m, n, dtype=torch.bool).tril(n - m - 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if n > m:  # the first queries lie before every key
+            return (scores.softmax(-2).nan_to_num(0.0)).mT @ v
+    return scores.softmax(-2).mT @ v
 
 
 def _block(bias: Tensor, start: int, stop: int, lo: int, hi: int) -> Tensor:
