@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.errors import DataError, WeightsError
+from zoo.errors import DataError, WeightsError, unknown
 
 
 class Predictor:
@@ -27,6 +27,16 @@ class Predictor:
         self.model, self.card = model, card
         self.labels: list[str] = card.get("labels", [])
         self.preprocessing: dict[str, Any] = card.get("preprocessing", {})
+
+    def options(self, given: dict[str, str]) -> list[str]:
+        """Take the task's own command line options; returns further inputs among them.
+
+        Raises:
+            ConfigError: An option that the task does not have.
+        """
+        for name in given:
+            raise unknown("option of predict:", f"--{name}", ("--json",))
+        return []
 
     def preprocess(self, raw: Any) -> Any:
         """Raw input (a path, an array ...) to model input with a batch of one."""
