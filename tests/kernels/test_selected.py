@@ -1,0 +1,127 @@
+"""Block scores, selection and attention to selected blocks."""
+
+import pytest
+import torch
+
+from kernels import selected
+from kernels import softmax as dense
+from kernels.selected import torch as torch_path
+
+D64 = torch.float64
+
+
+def make(b=2, h=4, hk=2, n=9, m=37, d=6, e=5, seed=0, dtype=D64):
+    g = torch.Generator().manual_seed(seed)
+    new = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
+    return new(b, h, n, d), new(b, hk, m, d), new(b, hk, m, e)
+
+
+def choice(b, hk, n, blocks, count, seed=1):
+    scores = torch.rand(b, hk, n, blocks, generator=torch.Generator().manual_seed(seed))
+    return selected.select_blocks(scores, count)
+
+
+def test_scores_equal_the_double_sum_of_the_paper():
+    """p_slc[j] = sum_a sum_b p_cmp[(l'/d) j + a - b], 0-based."""
+    l, d, size, blocks = 8, 4, 12, 9
+    q, _, _ = make(h=4, hk=2)
+    k_cmp = make(m=blocks)[1]
+    nb = -(-((blocks - 1) * d + l) // size)
+    stencil = selected.overlap_stencil(blocks, nb, l, d, size, torch.device("cpu"))
+    have = selected.block_scores(q, k_cmp, stencil)
+    p = (q.unflatten(1, (2, 2)).float() @ k_cmp[:, :, None].float().mT * 6**-0.5).softmax(-1).sum(2)
+    want = torch.zeros_like(have)
+    for j in range(nb):
+        for a in range(size // d):
+            for b in range(l // d):
+                i = (size // d) * j + a - b
+                if 0 <= i < blocks:
+                    want[..., j] += p[..., i]
+    assert (have - want).abs().max() < 1e-5
+    same = selected.overlap_stencil(blocks, blocks, 4, 4, 4, torch.device("cpu"))
+    assert torch.equal(same, torch.eye(blocks))  # l = d = l': scores are the probabilities
+
+
+def test_scores_carry_no_gradient_and_do_not_depend_on_row_blocks(monkeypatch):
+    q, k, _ = make()
+    q.requires_grad_()
+    stencil = selected.overlap_stencil(37, 10, 4, 4, 16, torch.device("cpu"))
+    visible = torch.rand(1, 1, 9, 37, generator=torch.Generator().manual_seed(3)) > 0.5
+    visible[:, :, 2] = False
+    whole = selected.block_scores(q, k, stencil, visible=visible)
+    assert not whole.requires_grad and whole[:, :, 2].abs().max() == 0
+    monkeypatch.setattr(torch_path, "BLOCK_ELEMENTS", 700)
+    assert torch.allclose(selected.block_scores(q, k, stencil, visible=visible), whole)
+
+
+def test_selection_is_deterministic_and_honours_forced_and_valid():
+    scores = torch.zeros(1, 1, 2, 6)
+    assert selected.select_blocks(scores, 3).tolist() == [[[[0, 1, 2], [0, 1, 2]]]]  # ties: lowest first
+    scores[0, 0, 0] = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.0])
+    assert selected.select_blocks(scores, 2)[0, 0, 0].tolist() == [1, 3]
+    forced = torch.zeros(6, dtype=torch.bool)
+    forced[5] = True
+    assert selected.select_blocks(scores, 2, forced=forced)[0, 0, 0].tolist() == [3, 5]
+    valid = torch.tensor([True, False, False, False, False, True])
+    assert selected.select_blocks(scores, 3, forced=forced, valid=valid)[0, 0, 0].tolist() == [0, 5, -1]
+    assert selected.select_blocks(scores, 9).shape[-1] == 6
+
+
+@pytest.mark.parametrize("way", ["masked", "gathered"])
+@pytest.mark.parametrize("explicit", [False, True], ids=["first-order", "higher-order"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("limit", [1 << 24, 900], ids=["whole", "rows"])
+def test_torch_equals_reference_in_value_and_gradient(way, explicit, causal, limit, monkeypatch):
+    monkeypatch.setattr(torch_path, "GATHER_PRICE", 0 if way == "gathered" else 1 << 20)
+    monkeypatch.setattr(torch_path, "BLOCK_ELEMENTS", limit)
+    q, k, v = make()
+    index = choice(2, 2, 9, 10, 3)
+    index[0, 0, 3] = -1
+    index[1, 1, :, 2:] = -1
+    mask = torch.rand(2, 37, generator=torch.Generator().manual_seed(4)) > 0.3
+    weight = torch.randn(2, 4, 9, 5, dtype=D64)
+    results = []
+    for impl, dtype in (("reference", D64), ("torch", D64 if explicit else torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        options = dict(block_size=4, causal=causal, key_mask=mask, return_lse=explicit, impl=impl)
+        if causal:
+            options["positions"] = torch.arange(9) * 4
+        out = selected.attention(*leaves, index, **options)
+        out, lse = out if explicit else (out, None)
+        loss = (out * weight.to(dtype)).sum()
+        if explicit:
+            loss = loss + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
+            assert (lse == -torch.inf).any()
+        results.append([out, *torch.autograd.grad(loss, leaves)])
+    for want, have in zip(*results, strict=True):
+        assert (have.double() - want).abs().max() < (1e-10 if explicit else 1e-5)
+    assert results[1][0][0, :2, 3].abs().max() == 0  # a row without blocks
+
+
+def test_all_blocks_chosen_equals_softmax():
+    q, k, v = make(m=40)
+    index = choice(2, 2, 9, 10, 10)
+    have, lse = selected.attention(q, k, v, index, block_size=4, return_lse=True)
+    want, want_lse = dense.attention(q, k, v, return_lse=True)
+    assert (have - want).abs().max() < 1e-12 and (lse - want_lse).abs().max() < 1e-12
+
+
+def test_second_derivative():
+    q, k, v = make(b=1, h=2, hk=1, n=3, m=7, d=2, e=2)
+    index = choice(1, 1, 3, 4, 2)
+    call = lambda *t: selected.attention(*t, index, block_size=2, higher_order=True)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_refusals_name_the_rule():
+    q, k, v = make()
+    with pytest.raises(ValueError, match=r"index must be \[B, Hk, N, S\]"):
+        selected.attention(q, k, v, torch.zeros(2, 4, 9, 1, dtype=torch.long), block_size=4)
+    with pytest.raises(NotImplementedError, match="impl='torch'"):
+        selected.attention(
+            q.float(), k.float(), v.float(), choice(2, 2, 9, 10, 2), block_size=4, impl="triton"
+        )
+    with pytest.raises(ValueError, match="must divide"):
+        selected.overlap_stencil(3, 3, 8, 3, 6, torch.device("cpu"))
+    assert selected.cost(1, 4, 64, 4, 8, 16).flops == 2 * 4 * 64 * 32 * 32
