@@ -34,13 +34,15 @@ def count_above(scores: Tensor, target: Tensor, excluded: Tensor | None = None) 
     if torch.isnan(scores).any():
         raise DataError("scores contain NaN: nothing can be ranked")
     right = scores.gather(1, target[:, None])
-    above = (scores > right).sum(1)
-    tied = (scores == right).sum(1) - 1
+    ranked = torch.ones_like(scores, dtype=torch.bool)
     if excluded is not None and excluded.shape[1]:
-        listed = (excluded >= 0) & (excluded != target[:, None])
-        theirs = scores.gather(1, excluded.clamp_min(0))
-        above = above - (listed & (theirs > right)).sum(1)
-        tied = tied - (listed & (theirs == right)).sum(1)
+        # An item may be listed twice, and -1 points at a column of its own.
+        ranked = torch.cat((ranked, ranked[:, :1]), 1).scatter_(1, excluded % (scores.shape[1] + 1), False)[
+            :, :-1
+        ]
+        ranked = ranked.scatter(1, target[:, None], True)
+    above = ((scores > right) & ranked).sum(1)
+    tied = ((scores == right) & ranked).sum(1) - 1
     return above, tied
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
-from tasks._rec_loss import binary_loss, full_softmax_loss, sampled_softmax_loss
 from tasks.base import Batch, ZooTask
 from zoo.errors import ConfigError, unknown
+from zoo.layers.item_losses import binary_loss, full_softmax_loss, sampled_softmax_loss
 
 LOSSES = ("full", "sampled", "binary")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tasks._rec_loss as losses
+import zoo.layers.item_losses as losses
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -116,8 +116,10 @@ class TargetAttention(nn.Module):
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """Inner products in the space that attention compares in, [B, W] and [B, M, W] -> [B, M]."""
         query = query * self.scale
-        if self.projected and isinstance(getattr(self.attn, "k", None), nn.Linear):
-            query, keys = self.attn.q(query), self.attn.k(keys)
+        maps = [getattr(self.attn, name, None) for name in ("q", "k")]
+        # Variants with several sets of keys have no single space to compare in: the table's own serves.
+        if all(isinstance(m, nn.Linear) for m in maps) and maps[0].out_features == maps[1].out_features:
+            query, keys = maps[0](query), maps[1](keys)
         return (keys @ query[:, :, None])[..., 0] / math.sqrt(query.shape[-1])
 
 
@@ -152,7 +154,12 @@ class ClickModel(nn.Module):
         num_heads: Heads of the target attention.
         projections: Maps of queries, keys and values in the target attention.
         hidden: Widths of the head's hidden layers.
+
+    Attributes:
+        filters: The search hides some behaviours, whatever their number.
     """
+
+    filters: bool = False
 
     def __init__(
         self,
@@ -202,12 +209,13 @@ class ClickModel(nn.Module):
         self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """Places [B, K] of the behaviours to keep and which of them are real, or None for all."""
-        if not self.top_k or self.top_k >= items.shape[1]:
+        keep = min(self.top_k or items.shape[1], items.shape[1])
+        if keep == items.shape[1] and not self.filters:
             return None
         with torch.no_grad():
             scores = self.search_scores(item, category, items, categories)
             scores = scores.masked_fill(items == 0, float("-inf"))
-            best, place = scores.topk(self.top_k, dim=1)
+            best, place = scores.topk(keep, dim=1)
             place, order = place.sort(1)  # in time order, for variants that mind
             return place, best.gather(1, order) > float("-inf")
 

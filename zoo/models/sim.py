@@ -64,6 +64,7 @@ class Sim(ClickModel):
             hidden=hidden,
         )
         self.kind = search
+        self.filters = search == "hard"
 
     def search_scores(self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor) -> Tensor:
         zero, ages = self._ages(items)

@@ -113,20 +113,21 @@ class _UserEncoder(nn.Module):
         return self.model.user_vector(items, times)
 
 
-def export_recommender(model: nn.Module, card: dict[str, Any], folder: Path) -> dict[str, Path]:
+def export_recommender(
+    model: nn.Module, card: dict[str, Any], folder: Path, *, batch_size: int = 1
+) -> dict[str, Path]:
     """Write what a server needs: `user_encoder.pt2`, `items.safetensors` (table, bias) and `catalogue.json`.
 
-    The encoder takes `items` int64 [B, L] and `times` float32 [B, L] and gives [B, C]; B is free.
+    The encoder takes `items` int64 [B, L] and `times` float32 [B, L] and gives [B, C], with B the `batch_size`: the
+    blocks that attention is cut into depend on it.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     table, bias = model.item_table()
     paths = {n: folder / n for n in ("user_encoder.pt2", "items.safetensors", "catalogue.json")}
-    items = pad_left([[1], [1, 1]], model.max_length)
-    inputs = (items, torch.zeros(items.shape))
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(_UserEncoder(model.eval()), inputs, dynamic_shapes=({0: batch}, {0: batch}))
+    items = pad_left([[1]] * batch_size, model.max_length)
+    program = torch.export.export(_UserEncoder(model.eval()), (items, torch.zeros(items.shape)))
     torch.export.save(program, paths["user_encoder.pt2"])
     parts = {"table": table.detach().contiguous().clone(), "bias": bias.detach().clone()}
     save_file(parts, paths["items.safetensors"])
