@@ -22,15 +22,16 @@ from data.errors import DataError
 from data.speech_base import SpeechData, Utterance
 from data.speech_render import SHARDS, Line, render
 
-VERSION = 3  # raise it when the texts, the voices or the treatment of the samples change
-ACCENTS = ("en-us", "en-gb-x-rp", "en-us-nyc", "en-029", "en-gb-scotland", "en-gb-x-gbclan")
+VERSION = 4  # raise it when the texts, the voices or the treatment of the samples change
+ACCENTS = ("en-us", "en-gb-x-rp", "en-us-nyc")
+# Left out: f2, f3, f5, Alicia, sandro, victor, whose breath noise differs from run to run.
 TRAIN_VARIANTS = (
-    "m1 m2 m3 m4 m6 m7 f1 f2 f4 f5 Alex Alicia Andrea Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Michael "
+    "m1 m2 m3 m4 m6 m7 f1 Alex Andrea Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Michael "
     "Mike Reed Storm adam anika antonio belinda benjamin boris caleb david edward gustave ian john linda max michel miguel "
-    "pablo paul pedro robert sandro steph victor"
+    "pablo paul pedro robert steph"
 ).split()
 LONGEST_REAL_S = 12.0
-TEST_VARIANTS = "m5 m8 f3 Andy Gene2 marcelo quincy rob shelby travis".split()  # never heard in training
+TEST_VARIANTS = "m5 m8 f4 Andy Gene2 marcelo quincy rob shelby travis".split()  # never heard in training
 
 
 @register_data("espeak")
@@ -38,6 +39,7 @@ class EspeakData(SpeechData):
     """Unseen sentences by heard voices for validation, unseen sentences by unseen voices for the test.
 
     Args:
+        batch_size: Utterances per step and process.
         train_size: Training utterances.
         val_size: Validation utterances.
         test_size: Test utterances.
@@ -52,6 +54,7 @@ class EspeakData(SpeechData):
     def __init__(
         self,
         *,
+        batch_size: int = 16,
         train_size: int = 5000,
         val_size: int = 200,
         test_size: int = 400,
@@ -59,7 +62,7 @@ class EspeakData(SpeechData):
         real_root: str | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(batch_size=batch_size, **common)
         check_at_least(1, train_size=train_size, val_size=val_size, test_size=test_size)
         if len(rates) != 2 or not 80 <= rates[0] <= rates[1] <= 450:
             raise DataError(f"data.rates={list(rates)}: give slowest and fastest, 80 .. 450 words per minute")

@@ -114,6 +114,9 @@ class SpeechData(ZooData):
         self.wave_augment = WaveAugment(
             sample_rate, noise_snr_db=noise_snr_db, noise_share=noise_share, speeds=speeds, gain_db=gain_db
         )
+        self.batch_sizes: list[int] | None = (
+            None  # one for each bucket, set by a search against a memory limit
+        )
         self._splits: dict[str, list[Utterance]] = {}
         self._tokens: dict[str, list[list[int]]] = {}
         self._tokeniser: Tokeniser | None = None
@@ -160,20 +163,33 @@ class SpeechData(ZooData):
         }
 
     def _take(self, split: str, utterance: Utterance) -> None:
-        length, tokens = utterance.duration_s, []
-        if not self.min_s <= length <= self.max_s:
-            self.skip(utterance.id, f"lasts {length:.2f} s, outside {self.min_s} .. {self.max_s} s")
+        if self.rejected(utterance):
             return
         try:
             tokens = self.tokeniser.encode(utterance.text)
         except DataError as error:
             self.skip(utterance.id, str(error))
             return
-        if not tokens:
-            self.skip(utterance.id, "has no text")
-            return
         self._splits[split].append(utterance)
         self._tokens[split].append(tokens)
+
+    def rejected(self, utterance: Utterance) -> bool:
+        """Whether length or text rule an utterance out; the reason goes into `skipped`."""
+        length, alphabet = utterance.duration_s, self._fixed_alphabet()
+        foreign = sorted(set(utterance.text) - set(alphabet)) if alphabet else []
+        if not self.min_s <= length <= self.max_s:
+            self.skip(utterance.id, f"lasts {length:.2f} s, outside {self.min_s} .. {self.max_s} s")
+        elif not utterance.text:
+            self.skip(utterance.id, "has no text")
+        elif foreign:
+            self.skip(utterance.id, f"characters {' '.join(map(repr, foreign))} are not in the vocabulary")
+        else:
+            return False
+        return True
+
+    def _fixed_alphabet(self) -> str | None:
+        """The alphabet, where it does not depend on the training texts."""
+        return self.characters or (PLAIN_CHARACTERS if self.normaliser == "plain-1" else None)
 
     def skip(self, name: str, reason: str) -> None:
         """Leave an utterance out, remembering why."""
@@ -273,6 +289,8 @@ class SpeechData(ZooData):
             buckets=self.duration_buckets,
             token_buckets=self.token_buckets,
         )
+        if self.batch_sizes is not None:
+            return found, self.batch_sizes
         if self.batch_s is None:
             return found, [self.batch_size] * len(found)
         return found, [max(1, int(self.batch_s / b.max_duration_s)) for b in found]

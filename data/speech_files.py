@@ -50,9 +50,12 @@ class SpeechFiles(SpeechData):
         found = []
         for row in rows:
             try:
-                found.append(self._inspect(row))
+                utterance = self._inspect(row)
             except AudioError as error:
                 self.skip(row.id, str(error))
+                continue
+            if not self.rejected(utterance):
+                found.append(utterance)
         return found
 
     def _inspect(self, row: Row) -> Utterance:

@@ -14,10 +14,13 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from tasks.asr_analysis import Picture, analyse
+from tasks.asr_batches import search_batch_sizes
 from tasks.base import Batch, ZooTask
 from zoo.decoding import beam_search, ctc_greedy, greedy
 from zoo.errors import ConfigError
 from zoo.models._speech import BOS, EOS, SpeechModel, SpeechOutput
+
+DECODER_PARTS = ("decoder", "embedding", "head")
 
 
 class SpeechToText(ZooTask):
@@ -25,11 +28,15 @@ class SpeechToText(ZooTask):
 
     Args:
         ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1.
+        ctc_start: Share of the training during which the encoder learns by CTC alone, [0, 1): attention needs an encoder that
+            hears something, and steps without the decoder are cheaper.
         label_smoothing: Of the decoder's targets, [0, 1).
         beam: Hypotheses kept when decoding the test set; 1 is greedy.
         decode_ctc_weight: Share of CTC scores in beam search, [0, 1].
         length_penalty: Exponent of the length normalisation in beam search.
         statistics_utterances: Training utterances from which a model with normalise=global takes its statistics.
+        batch_memory_mib: Search the largest batch of each bucket whose training step fits into so much memory; None keeps the
+            data's batch size.
         analysis_utterances: Test utterances for timestamps and for the analysis of cross-attention; 0 leaves both out.
     """
 
@@ -43,15 +50,21 @@ class SpeechToText(ZooTask):
         data: Any,
         *,
         ctc_weight: float = 0.3,
+        ctc_start: float = 0.25,
         label_smoothing: float = 0.1,
         beam: int = 1,
         decode_ctc_weight: float = 0.3,
         length_penalty: float = 0.0,
         statistics_utterances: int = 300,
+        batch_memory_mib: float | None = None,
         analysis_utterances: int = 24,
         **common: Any,
     ) -> None:
-        for name, value in (("ctc_weight", ctc_weight), ("decode_ctc_weight", decode_ctc_weight)):
+        for name, value in (
+            ("ctc_weight", ctc_weight),
+            ("ctc_start", ctc_start),
+            ("decode_ctc_weight", decode_ctc_weight),
+        ):
             if not 0 <= value <= 1:
                 raise ConfigError(f"task.{name}={value} is outside [0, 1]")
         if not 0 <= label_smoothing < 1:
@@ -61,6 +74,7 @@ class SpeechToText(ZooTask):
         self.has_decoder = model.has_decoder
         super().__init__(model, data, **common)
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0
+        self.ctc_start = ctc_start if self.has_decoder and ctc_weight else 0.0
         self.label_smoothing, self.beam = label_smoothing, beam
         self.decode_ctc_weight, self.length_penalty = decode_ctc_weight, length_penalty
         self.analysis_utterances = analysis_utterances
@@ -71,6 +85,7 @@ class SpeechToText(ZooTask):
         self.picture: Picture | None = None
         if model.front.normalise == "global":
             self._take_statistics(statistics_utterances)
+        self.batch_memory_mib = batch_memory_mib
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -85,12 +100,31 @@ class SpeechToText(ZooTask):
 
     # ---------------------------------------------------------------- training
 
+    def setup(self, stage: str) -> None:
+        """Search batch sizes, on the device that trains, before the loaders are made."""
+        if stage == "fit" and self.batch_memory_mib and self.data.duration_buckets:
+            self.to(self.trainer.strategy.root_device)
+            found, _ = self.data.buckets()
+            self.data.batch_sizes = search_batch_sizes(self, found, self.batch_memory_mib)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         tokens, count = batch["tokens"], batch["token_length"]
         inputs, targets = with_ends(tokens, count)
-        out = self.model(batch["audio"], batch["audio_length"], inputs if self.has_decoder else None)
+        alone = self.training and self.progress() < self.ctc_start
+        decode = self.has_decoder and not alone
+        out = self.model(batch["audio"], batch["audio_length"], inputs if decode else None)
         self._count_padding(batch)
-        return self.terms(out, tokens, count, targets)
+        terms = self.terms(out, tokens, count, targets)
+        if alone:  # distributed training wants a gradient, if of zeros, for every parameter
+            unused = [p for n, p in self.model.named_parameters() if n.startswith(DECODER_PARTS)]
+            terms["ctc"] = terms["ctc"] / self.ctc_weight + sum(p.sum() for p in unused) * 0.0
+        return terms
+
+    def progress(self) -> float:
+        """Share of the training that is done; 1 where no trainer is attached."""
+        if self._trainer is None or not self.trainer.training:
+            return 1.0
+        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
 
     def terms(self, out: SpeechOutput, tokens: Tensor, count: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Weighted loss terms of a forward pass: per token, so that the length of a batch changes nothing."""
@@ -120,7 +154,11 @@ class SpeechToText(ZooTask):
         if p["padded_frames"]:
             self.log("train/padding_frames", 1 - p["frames"] / p["padded_frames"])
             self.log("train/padding_tokens", 1 - p["tokens"] / p["padded_tokens"])
-        p.clear()
+        self.reset_padding()
+
+    def reset_padding(self) -> None:
+        """Forget the padding counted so far."""
+        self._padding.clear()
 
     # ---------------------------------------------------------------- evaluation
 
@@ -142,10 +180,11 @@ class SpeechToText(ZooTask):
         encoded = time.perf_counter()
         hypotheses = by_ctc
         truncated = torch.zeros(len(memory))
-        if self.has_decoder:
+        if self.has_decoder and not self._decoder_waits(split):
             found = self.search(memory, lengths, split)
             hypotheses = [self.decode(t) for t in found.tokens]
             truncated = found.truncated.float()
+        if self.has_decoder:
             metrics["cer_ctc"].update(by_ctc, references)
             metrics["wer_ctc"].update(by_ctc, references)
         ended = time.perf_counter()
@@ -158,6 +197,12 @@ class SpeechToText(ZooTask):
             self._speed["encoder"] += encoded - began
             self._speed["decoder"] += ended - encoded
             self.examples += list(zip(references, hypotheses, by_ctc, strict=True))
+
+    def _decoder_waits(self, split: str) -> bool:
+        """In a validation before the decoder starts to learn, CTC answers for it."""
+        if split != "valid" or self._trainer is None or not self.trainer.max_epochs:
+            return False
+        return self.global_step < self.ctc_start * int(self.trainer.estimated_stepping_batches)
 
     def search(self, memory: Tensor, lengths: Tensor, split: str) -> Any:
         """Decode with the decoder: greedily, or with the beam on the test split."""

@@ -67,9 +67,10 @@ def test_prefix_scores_equal_brute_force(prefix):
 
 
 def test_greedy_collapses_and_respects_lengths():
-    best = torch.tensor([[3, 3, 0, 3, 1, 1], [1, 0, 0, 2, 2, 2]])
-    logits = torch.nn.functional.one_hot(best, 4).float()
-    assert ctc_greedy(logits, torch.tensor([6, 3])) == [[3, 3, 1], [1]]
+    best = torch.tensor([[3, 3, 0, 3, 4, 4], [4, 0, 0, 3, 3, 3]])
+    logits = torch.nn.functional.one_hot(best, 5).float()
+    logits[0, 2, 2] = 9.0  # the end token has no place here
+    assert ctc_greedy(logits, torch.tensor([6, 3])) == [[3, 3, 4], [4]]
 
 
 def test_forced_alignment_finds_the_places():

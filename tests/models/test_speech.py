@@ -126,6 +126,27 @@ def test_batch_of_one_equals_batch_of_many():
             assert alone.tokens[0] == together.tokens[i]
 
 
+@pytest.mark.parametrize("attention", streaming_variants())
+def test_reordered_states(attention):
+    """Duplicated and exchanged beams go on as their prefixes do."""
+    from zoo.attention.base import reorder_state
+
+    model = make(attention=attention)
+    memory, count = model.encode(*sound(2400))
+    rows = memory.expand(3, -1, -1).contiguous(), count.expand(3)
+    prefix = torch.randint(3, 15, (3, 6))
+    index = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        state = model.init_state(*rows)
+        for t in range(4):
+            _, state = model.step(prefix[:, t], state)
+        state = reorder_state(state, index)
+        after = torch.cat((prefix[index, :4], prefix[:, 4:]), 1)
+        for t in (4, 5):
+            logits, state = model.step(after[:, t], state)
+        torch.testing.assert_close(logits, model.decode(after, *rows)[:, -1], atol=1e-4, rtol=1e-3)
+
+
 def test_beam_of_one_is_greedy():
     model = make()
     memory, count = model.encode(*sound(3000, 1200))
@@ -179,7 +200,7 @@ def test_depth_moves_at_equal_size():
     for name in ("aed", "aed_shallow"):
         model = build_model(name, resolve_slots(get_model(name).slots(), {"name": "softmax"}))
         sizes.append(sum(p.numel() for p in model.parameters()))
-    assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.01
+    assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.05
 
 
 def test_short_and_empty_audio():
@@ -193,7 +214,7 @@ def test_short_and_empty_audio():
 
 
 def test_options_include_inherited_ones():
-    assert model_options("aed_shallow")["encoder_layers"] == 6
+    assert model_options("aed_shallow")["encoder_layers"] == 4
     assert model_options("aed_shallow")["stem"] == "conv1d"
 
 
@@ -201,12 +222,12 @@ def test_options_include_inherited_ones():
     ("options", "hint"),
     [
         ({"encoder": "rnn"}, "transformer or conformer"),
-        ({"position": "rel"}, "encoder=conformer"),
+        ({"position": "rel", "encoder": "transformer"}, "encoder=conformer"),
         ({"subsampling": 3}, "2, 4 or 8"),
         ({"stem": "fft"}, "conv1d"),
         ({"num_heads": 5}, "must divide"),
         ({"normalise": "batch"}, "utterance, global or none"),
-        ({"conv_kernel": 4, "encoder": "conformer"}, "odd"),
+        ({"conv_kernel": 4}, "odd"),
         ({"time_ratio": 1.5}, "outside"),
     ],
 )

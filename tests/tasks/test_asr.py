@@ -129,6 +129,24 @@ def test_metrics_are_corpus_level(tones):
     assert results[0]["wer"] == pytest.approx(error_rates(hypotheses, references)["wer"], abs=1e-6)
 
 
+def test_batch_sizes_against_a_memory_limit():
+    """Each bucket gets the largest batch that fits, within 5 %; shorter buckets get larger ones."""
+    from tasks.asr_batches import search_batch_sizes, step_memory_mib
+
+    data = create_data("tones", train_size=400, duration_buckets=3)
+    data.setup()
+    task = make(data, encoder_layers=1, decoder_layers=1)
+    buckets, _ = data.buckets()
+    sizes = search_batch_sizes(task, buckets, 24.0)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    for bucket, size in zip(buckets, sizes, strict=True):
+        used = step_memory_mib(task, size, bucket.max_duration_s, bucket.max_tokens)
+        more = step_memory_mib(task, int(size * 1.06) + 1, bucket.max_duration_s, bucket.max_tokens)
+        assert used <= 24.0 and (more > 24.0 or size == len(bucket.members))
+    with pytest.raises(ConfigError, match="not even one"):
+        search_batch_sizes(task, buckets, 0.5)
+
+
 def test_global_statistics(tones):
     """normalise=global makes the training features' bands of mean 0 and deviation 1, and stores that in the weights."""
     task = make(tones, normalise="global", task_options={"statistics_utterances": 48})

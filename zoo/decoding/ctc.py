@@ -12,6 +12,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 
 BLANK = 0
+FIRST_TEXT = 3  # after padding, start and end
 
 
 def ctc_greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -21,7 +22,9 @@ def ctc_greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
         logits: [B, M, vocabulary].
         lengths: Valid places, int [B].
     """
-    best = logits.argmax(-1)
+    best = logits.clone()
+    best[..., 1:FIRST_TEXT] = float("-inf")  # start and end: never trained here
+    best = best.argmax(-1)
     sentences = []
     for row, n in zip(best.tolist(), lengths.tolist(), strict=True):
         path = row[:n]

@@ -76,23 +76,27 @@ def relative_shift(x: Tensor) -> Tensor:
 
 
 class ConvModule(nn.Module):
-    """Point-wise to twice the width, gate, depth-wise convolution over time, norm, swish, point-wise back.
+    """Point-wise, gate, depth-wise convolution over time, norm, swish, point-wise back.
 
     Args:
         dim: Width.
         kernel: Taps of the depth-wise convolution, odd.
+        expansion: Width of the convolution over `dim`; 1 in the Conformer's paper, 2 in FireRedASR.
         dropout: At the end.
     """
 
-    def __init__(self, dim: int, kernel: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, kernel: int, *, expansion: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
         if kernel < 1 or kernel % 2 == 0:
             raise ConfigError(f"conv_kernel={kernel} must be an odd whole number of at least 1")
+        if expansion < 1:
+            raise ConfigError(f"conv_expansion={expansion} must be at least 1")
+        width = expansion * dim
         self.norm = nn.LayerNorm(dim)
-        self.into = nn.Linear(dim, 4 * dim)
-        self.depthwise = nn.Conv1d(2 * dim, 2 * dim, kernel, padding=kernel // 2, groups=2 * dim, bias=False)
-        self.conv_norm = nn.LayerNorm(2 * dim)
-        self.out = nn.Linear(2 * dim, dim)
+        self.into = nn.Linear(dim, 2 * width)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+        self.conv_norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, dim)
         self.drop = dropout_or_none(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -113,6 +117,7 @@ class ConformerBlock(nn.Module):
         num_heads: Attention heads.
         mlp_ratio: Hidden width of each MLP over `dim`.
         conv_kernel: Taps of the convolution, odd.
+        conv_expansion: Width of the convolution over `dim`.
         dropout: After the attention's projection, in the MLPs and after the convolution.
         relative: Add `RelativeBias` to the scores.
         geometry: Passed on to the attention's constructor.
@@ -126,6 +131,7 @@ class ConformerBlock(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         conv_kernel: int = 15,
+        conv_expansion: int = 1,
         dropout: float = 0.0,
         relative: bool = False,
         **geometry: Any,
@@ -137,7 +143,7 @@ class ConformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention(dim, num_heads, dropout=dropout, **geometry)
         self.relative = RelativeBias(self.attn) if relative else None
-        self.conv = ConvModule(dim, conv_kernel, dropout)
+        self.conv = ConvModule(dim, conv_kernel, expansion=conv_expansion, dropout=dropout)
         self.norm_mlp2 = nn.LayerNorm(dim)
         self.mlp2 = Mlp(dim, hidden, activation="silu", dropout=dropout)
         self.norm2 = nn.LayerNorm(dim)

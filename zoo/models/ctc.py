@@ -10,7 +10,7 @@ from zoo.models.registry import register_model
 
 @register_model
 class Ctc(SpeechModel):
-    """The encoder of `aed_shallow`, two blocks deeper, without a decoder.
+    """The encoder of `aed_shallow`, one block deeper, without a decoder.
 
     Args:
         attention: Factory for slot "encoder".
@@ -23,7 +23,7 @@ class Ctc(SpeechModel):
         self,
         attention: Mapping[str, AttentionFactory],
         *,
-        encoder_layers: int = 8,
+        encoder_layers: int = 5,
         decoder_layers: int = 0,
         **common: Any,
     ) -> None:

@@ -15,9 +15,8 @@ class FireRedAed(SpeechModel):
     Args:
         attention: Factories for slots "encoder", "decoder" and "cross".
         stem: Kind of the strided convolutions.
-        encoder: Kind of the encoder's blocks.
-        encoder_layers: Blocks of the encoder.
-        decoder_layers: Blocks of the decoder.
+        conv_kernel: Taps of the Conformer's convolution.
+        conv_expansion: Width of that convolution over the model's.
         position: Of the encoder; "auto" is relative where the variant takes a full bias.
         common: As in `SpeechModel`.
     """
@@ -27,18 +26,16 @@ class FireRedAed(SpeechModel):
         attention: Mapping[str, AttentionFactory],
         *,
         stem: str = "conv2d",
-        encoder: str = "conformer",
-        encoder_layers: int = 3,
-        decoder_layers: int = 2,
+        conv_kernel: int = 33,
+        conv_expansion: int = 2,
         position: str = "auto",
         **common: Any,
     ) -> None:
         super().__init__(
             attention,
             stem=stem,
-            encoder=encoder,
-            encoder_layers=encoder_layers,
-            decoder_layers=decoder_layers,
+            conv_kernel=conv_kernel,
+            conv_expansion=conv_expansion,
             position=position,
             **common,
         )
