@@ -10,9 +10,12 @@ The network must treat points separately: `D u(point 3)` may not depend on point
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import zoo.layers.jet_shapes  # noqa: F401  registers the rules
 from zoo.errors import ConfigError, unknown
@@ -74,7 +77,38 @@ def derivatives(
     wanted = tuple(dict.fromkeys(((0,) * points.shape[1], *map(tuple, wanted))))
     if max(sum(index) for index in wanted) == 0:
         return {wanted[0]: network(points)}
-    return _METHODS[method](network, points, wanted)
+    if method == "taylor":
+        return _taylor(network, points, wanted)
+    with _WrittenOut():
+        return _METHODS[method](network, points, wanted)
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Computes layer norms from elementary operations.
+
+    torch 2.14's fused one has a silently wrong jvp of jvp, and a silently wrong third derivative in reverse mode.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (F.layer_norm, torch.layer_norm):
+            return written_out_layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def written_out_layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """Layer norm that is right to any order."""
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
 
 
 def seed_jet(points: Tensor, wanted: Sequence[Index]) -> Jet:
@@ -173,4 +207,4 @@ def _forward_reverse(network: Network, points: Tensor, wanted: Sequence[Index]) 
     return {index: torch.stack(c, 1) for index, c in columns.items()}
 
 
-_METHODS = {"taylor": _taylor, "reverse": _reverse, "jvp": _jvp, "forward_reverse": _forward_reverse}
+_METHODS = {"reverse": _reverse, "jvp": _jvp, "forward_reverse": _forward_reverse}

@@ -431,7 +431,12 @@ def logsumexp(x: Jet, dim: int = -1, keepdim: bool = False) -> Jet:
 
 @rules("layer_norm")
 def layer_norm(
-    x: Jet, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Jet,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Jet:
     dims = tuple(range(-len(shape), 0))
     centred = x - x.mean(dims, keepdim=True)
@@ -467,8 +472,8 @@ def attend(q: Jet, k: Jet, v: Jet, scale: float, bias: Tensor | None = None) -> 
 
 @rules("kernels.softmax.attention")
 def _softmax_kernel(q: Jet, k: Jet, v: Jet, **options: Any) -> Any:
-    from kernels.softmax.torch import _visible
     from kernels.softmax import query_key_positions
+    from kernels.softmax.torch import _visible
 
     n, m = q.shape[2], k.shape[2]
     if options["window"] is not None or options["return_lse"] or options["dropout"]:

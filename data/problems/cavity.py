@@ -1,0 +1,55 @@
+"""Lid-driven cavity: steady Navier-Stokes in a closed square.
+
+    u u_x + v u_y + p_x - (u_xx + u_yy) / Re = 0,   the same for v with p_y,   u_x + v_y = 0
+    [0, 1]^2, velocity (1 - cosh(C (x - 1/2)) / cosh(C / 2), 0) on y = 1 with C = 50, zero on the other walls
+
+The profile takes the jump out of the corners, where plain conditions contradict each other. Reference: Newton's method on
+stream function and vorticity (`solvers.cavity_flow`); velocity only, the pressure is not compared.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from data.problems.base import Condition, Problem, box_sides, positive, tensor_grid
+from data.problems.kovasznay import steady_navier_stokes
+from data.problems.solvers import cavity_flow, lid_profile
+
+
+class Cavity(Problem):
+    """Args: reynolds: Reynolds number, > 0; sharpness: C of the lid; cells: cells per side of the reference."""
+
+    name = "cavity"
+    coordinates, fields = ("x", "y"), ("u", "v", "p")
+    lower, upper = (0.0, 0.0), (1.0, 1.0)
+    derivatives = ("x", "y", "xx", "yy")
+    ansatz, hard = "cavity", ("boundary",)
+    source = "stream function and vorticity, Newton's method"
+
+    def __init__(self, *, reynolds: float = 100.0, sharpness: float = 50.0, cells: int = 96) -> None:
+        positive(reynolds=reynolds, sharpness=sharpness, cells=cells)
+        self.reynolds, self.sharpness, self.cells = reynolds, sharpness, cells
+        self.ansatz_options = {"sharpness": sharpness}
+
+    def residuals(self, d, points, unknowns):
+        return steady_navier_stokes(d, self.reynolds)
+
+    def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
+        sides = box_sides(self.lower, self.upper, (0, 1), 2 * count, generator)
+        values = np.zeros((len(sides), 2))
+        lid = sides[:, 1] == 1.0
+        values[lid, 0] = lid_profile(sides[lid, 0], self.sharpness)
+        return [Condition("boundary", torch.from_numpy(sides), ("u", "v"), torch.from_numpy(values))]
+
+    @property
+    def report_fields(self) -> tuple[str, ...]:
+        return ("u", "v")
+
+    def reference(self):
+        axis, _, u, v = cavity_flow(self.reynolds, self.cells, self.sharpness)
+        points, shape = tensor_grid((axis, axis))
+        return points, torch.from_numpy(np.stack((u.ravel(), v.ravel()), 1)), shape
+
+    def extra_metrics(self, d):
+        return {"divergence": d("u", "x") + d("v", "y")}

@@ -1,0 +1,182 @@
+"""Exact derivatives: Taylor jets against nested reverse mode, forward mode and differences, for every model and variant."""
+
+import pytest
+import torch
+
+from zoo.attention.registry import get_attention, list_attention
+from zoo.attention.slots import misfit, resolve_slots
+from zoo.errors import ConfigError
+from zoo.layers.derivatives import Derivatives, derivatives, seed_jet
+from zoo.layers.jet_tensor import Jet, forward_mode
+from zoo.layers.jets import algebra
+from zoo.models.registry import build_model, model_slots
+
+WANTED = [(1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1)]
+SMALL = {
+    "physicsformer": {"dim": 8, "tokens": 3, "step": 0.1, "hidden": (8,), "head": (8,)},
+    "pinnsformer": {"dim": 8, "tokens": 3, "step": 0.1, "hidden": (8, 8), "head": (8, 8)},
+    "pinn_mlp": {"dim": 8, "depth": 2, "modified": True, "fourier": 3},
+    "lstm_pinn": {"dim": 6, "depth": 3},
+}
+
+
+def network(name="physicsformer", attention="softmax", **options):
+    slots = model_slots(name)
+    factories = resolve_slots(slots, {"name": attention}) if slots else {}
+    options = {**SMALL[name], **options}
+    return build_model(name, factories, **options).double()
+
+
+def box(count):
+    return torch.rand(count, 2, dtype=torch.float64) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
+
+
+def gradients(model, table):
+    loss = sum((k + 1) * v.square().mean() for k, v in enumerate(table.values()))
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            for p, g in zip(model.parameters(), found, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("method", ["taylor", "jvp", "forward_reverse"])
+@pytest.mark.parametrize("name", list(SMALL))
+def test_methods_agree_to_third_order_with_weight_gradients(name, method):
+    model, points = network(name, fields=2), box(4)
+    expected = derivatives(model, points, WANTED, "reverse")
+    found = derivatives(model, points, WANTED, method)
+    for index in expected:
+        scale = expected[index].abs().max().clamp(min=1)
+        assert (found[index] - expected[index]).abs().max() < 1e-11 * scale, index
+    g, h = gradients(model, found), gradients(model, expected)
+    assert (g - h).abs().max() < 1e-10 * h.abs().max()
+
+
+@pytest.mark.parametrize("form", ["burgers1d", "convection", "reaction", "wave1d", "cavity"])
+def test_hard_conditions_have_exact_derivatives(form):
+    model = network("pinn_mlp", ansatz=form, fields=3 if form == "cavity" else 1, modified=False, fourier=0)
+    points = box(5) * 0.5 + 0.4
+    expected, found = (derivatives(model, points, [(2, 0), (0, 2)], m) for m in ("reverse", "taylor"))
+    for index in expected:
+        torch.testing.assert_close(found[index], expected[index], rtol=1e-9, atol=1e-9)
+
+
+def usable():
+    slot = model_slots("physicsformer")["encoder"]
+    return [n for n in list_attention() if misfit(n, slot) is None]
+
+
+@pytest.mark.parametrize("attention", usable())
+def test_every_variant_with_second_derivatives(attention):
+    """u_xx by double backward == jvp of jvp == Taylor, and == central difference where the variant is smooth."""
+    torch.manual_seed(1)
+    model, points = network(attention=attention), box(3)
+    wanted = [(1, 0), (2, 0)]
+    expected = derivatives(model, points, wanted, "reverse")[(2, 0)]
+    scale = expected.abs().max().clamp(min=1)
+    for method in ("taylor", "jvp"):
+        try:
+            found = derivatives(model, points, wanted, method)[(2, 0)]
+        except (NotImplementedError, RuntimeError) as error:
+            if method == "jvp" or "forward AD" in str(error) or "in-place" in str(error):
+                continue  # the error says so; the task falls back to reverse mode
+            raise
+        assert (found - expected).abs().max() < 1e-7 * scale, method
+    if get_attention(attention).capabilities.smooth:
+        h, x = 1e-4, torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        difference = (model(points + h * x) - 2 * model(points) + model(points - h * x)) / h**2
+        assert (difference - expected).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("method", ["taylor", "reverse"])
+def test_points_do_not_mix(name, method):
+    model, points = network(name), box(9)
+    moved = points.clone()
+    moved[7] += 0.3
+    before, after = (derivatives(model, p, WANTED, method) for p in (points, moved))
+    for index in before:
+        assert torch.equal(before[index][3], after[index][3])
+        assert not torch.equal(before[index][7], after[index][7])
+
+
+def test_pseudo_sequence_derivative_is_the_true_one():
+    """The published shortcut sums over outputs of k independent leaves; the field here is differentiated itself."""
+    model, points = network(tokens=4, step=0.2), box(5)
+    h, e = 1e-6, torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    true = (model(points + h * e) - model(points - h * e)) / (2 * h)
+    assert (derivatives(model, points, [(1, 0)])[(1, 0)] - true).abs().max() < 1e-8
+
+
+def test_causal_and_masked_softmax_rules():
+    from kernels.softmax import attention
+
+    ring = algebra(1, ((3,),))
+    q, k, v = (Jet(torch.randn(ring.size, 2, 2, 4, 3, dtype=torch.float64), ring) for _ in range(3))
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
+    bias = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    for call in ({"causal": True}, {"key_mask": mask}, {"bias": bias, "causal": True}):
+        found = attention(q, k, v, **call)
+        expected = forward_mode(
+            "attention", lambda *a, c=call: attention(*a, higher_order=True, **c), (q, k, v), {}
+        )
+        torch.testing.assert_close(found.c, expected.c)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.nn.functional.gelu(x),
+        lambda x: torch.nn.functional.silu(x),
+        lambda x: torch.nn.functional.elu(x) + 1,
+        lambda x: torch.nn.functional.softplus(x),
+        lambda x: torch.nn.functional.normalize(x, dim=-1),
+        lambda x: torch.logsumexp(x, -1),
+        lambda x: torch.einsum("bi,bj->bij", x, x.exp()),
+        lambda x: (x * x + 1).rsqrt().cumsum(-1).clamp(min=0.2),
+        lambda x: torch.where(x > 0, x**3, 1 / (2 + x)),
+        lambda x: torch.stack([x.sigmoid(), x.tanh()], 1).flatten(1) @ torch.ones(6, 2, dtype=x.dtype),
+        lambda x: torch.special.expm1(x),  # has no rule: forward mode on the spot
+    ],
+)
+def test_rules_equal_forward_mode(function):
+    ring = algebra(2, ((2, 1), (3, 0)))
+    x = Jet(torch.randn(ring.size, 4, 3, dtype=torch.float64), ring)
+    found, expected = function(x), forward_mode("function", function, (x,), {})
+    torch.testing.assert_close(found.c, expected.c)
+
+
+def test_layer_norm_is_right_to_third_order_where_the_fused_one_is_not():
+    norm, base, along = torch.nn.LayerNorm(3).double(), *torch.randn(2, 1, 3, dtype=torch.float64)
+    norm.weight.data.uniform_(0.5, 2.0)
+
+    def network(points):
+        return norm(base + points * along + points * points * base.flip(0))
+
+    point = torch.tensor([[0.3]], dtype=torch.float64)
+    wanted = [(1,), (2,), (3,)]
+    tables = {
+        m: derivatives(network, point, wanted, m) for m in ("taylor", "jvp", "forward_reverse", "reverse")
+    }
+    h = 1e-3
+    value = [network(point + k * h) for k in (-2, -1, 0, 1, 2)]
+    third = (value[4] - 2 * value[3] + 2 * value[1] - value[0]) / (2 * h**3)
+    for table in tables.values():
+        torch.testing.assert_close(table[(3,)], third, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(table[(2,)], tables["reverse"][(2,)])
+
+
+def test_algebra_counts_and_names():
+    assert algebra(2, ((2, 0), (0, 1))).indices == [(0, 0), (1, 0), (0, 1), (2, 0)]
+    jet = seed_jet(torch.rand(3, 2), [(2, 0)])
+    assert jet.c[1, :, 0].eq(1).all() and jet.c[2].eq(0).all()
+    d = Derivatives({(0, 0): torch.ones(2, 1)}, ("u",), ("x", "t"))
+    with pytest.raises(ConfigError, match="was not asked for"):
+        d("u", "xx")
+    with pytest.raises(ConfigError, match="unknown field 'w'"):
+        d("w")
+    with pytest.raises(ConfigError, match="unknown derivative method"):
+        derivatives(network("pinn_mlp"), box(2), WANTED, "tayler")

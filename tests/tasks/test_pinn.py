@@ -1,0 +1,223 @@
+"""The physics-informed task: training, resuming, balancing, optimisers, errors."""
+
+import lightning as L
+import pytest
+import torch
+
+from data import create_data
+from tasks.optimizers.quasi_newton import QuasiNewton
+from tasks.optimizers.soap import Soap
+from tasks.physics.balance import SCHEMES, Balance
+from tasks.pinn import PinnTask
+from zoo.attention.slots import resolve_slots
+from zoo.errors import ConfigError
+from zoo.models.registry import build_model, get_model
+
+
+def make(model="pinn_mlp", problem="reaction", physics=None, data=None, model_options=None, **options):
+    torch.manual_seed(0)
+    points = create_data(
+        "pinn", problem=problem, physics=physics, interior=48, border=20, valid_points=50, **(data or {})
+    )
+    points.setup()
+    arguments = {"dim": 8, **PinnTask.model_arguments(points), **(model_options or {})}
+    slots = get_model(model).slots(**arguments)
+    factories = resolve_slots(slots, {"name": "softmax"}) if slots else {}
+    network = build_model(model, factories, **arguments)
+    return PinnTask(network, points, **{"first_steps": 6, "resample_every": 3, **options})
+
+
+def fit(task, folder, steps, resume=None):
+    task.data.steps_per_epoch = 4
+    task.data._datasets = {}
+    task.data.setup()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(task, datamodule=task.data, ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("second", ["ssbroyden", "bfgs", "lbfgs"])
+def test_quasi_newton_minimises_rosenbrock(second):
+    x = torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64, requires_grad=True)
+    optimizer = QuasiNewton([x], second)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(400):
+        optimizer.step(closure)
+        if optimizer.exit_reason:
+            break
+    assert (x.detach() - 1).abs().max() < 1e-6
+    assert optimizer.exit_reason
+
+
+def test_quasi_newton_survives_nan_and_keeps_the_best():
+    x = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    optimizer = QuasiNewton([x], "bfgs")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (x - 1).square().sum() if float(x.detach()) > 2.5 else (x * float("nan")).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(60):
+        optimizer.step(closure)
+    assert torch.isfinite(x).all() and 2.5 < float(x.detach()) <= 3.0
+    assert "line search" in optimizer.exit_reason or "tolerance" in optimizer.exit_reason
+
+
+def test_soap_beats_adam_on_an_ill_conditioned_matrix():
+    target = torch.randn(6, 6) * torch.logspace(0, -2, 6)
+    mix = torch.randn(6, 6)
+    losses = {}
+    for cls, lr in ((Soap, 0.03), (torch.optim.Adam, 0.03)):
+        w = torch.zeros(6, 6, requires_grad=True)
+        optimizer = cls([w], lr=lr)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = (mix @ (w - target)).square().sum()
+            loss.backward()
+            optimizer.step()
+        losses[cls] = float(loss.detach())
+    assert losses[Soap] < losses[torch.optim.Adam]
+
+
+@pytest.mark.parametrize("model", ["physicsformer", "pinn_mlp"])
+def test_training_lowers_the_loss_through_both_phases(model, tmp_path):
+    options = {"tokens": 2, "hidden": [8], "head": [8]} if model == "physicsformer" else {}
+    task = make(model, model_options=options, lr=1e-2)
+    before = float(task._backward()[0])
+    trainer = fit(task, tmp_path, 14)
+    assert trainer.global_step == 14 or task.exit_reason
+    assert task.dtype_now == torch.float64
+    assert float(task._backward()[0]) < 0.5 * before
+
+
+@pytest.mark.parametrize("half", [4, 8])
+def test_resumed_run_equals_the_uninterrupted_one(half, tmp_path):
+    """The break falls into phase one (4) or phase two (8)."""
+    whole = make()
+    fit(whole, tmp_path, 12)
+    first = make()
+    fit(first, tmp_path, half).save_checkpoint(tmp_path / "half.ckpt")
+    second = make()
+    fit(second, tmp_path, 12, resume=tmp_path / "half.ckpt")
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_balancing_schemes_change_weights_and_stay_finite(scheme):
+    task = make(problem="burgers1d", data={"hard_conditions": False}, balance=scheme)
+    assert task.terms == ["residual", "initial", "boundary"]
+    task.__dict__["_trainer"] = None
+    for _ in range(2):
+        if scheme != "fixed":
+            task._kernel_trace = lambda term: torch.tensor(
+                {"residual": 100.0, "initial": 1.0, "boundary": 4.0}[term]
+            )
+            task._rebalance()
+    assert torch.isfinite(task.balance.weights).all() and (task.balance.weights > 0).all()
+    assert (task.balance.weights != 1).any() == (scheme != "fixed")
+
+
+def test_gradient_norm_weights_by_hand():
+    balance = Balance(["a", "b"], "grad_norm", momentum=0.0)
+    balance.update(
+        lambda t: torch.tensor([3.0, 4.0]) if t == "a" else torch.tensor([0.5, 0.0]), None, torch.ones(2)
+    )
+    assert balance.weights.tolist() == [1.0, 10.0]
+
+
+def test_kernel_trace_is_unbiased():
+    """Random signs against per-point gradients."""
+    task = make()
+    points = task.points[:16]
+    task.points = points
+    rows = task.problem.residuals(task.fields(points), points, {})["reaction"]
+    exact = sum(
+        sum(
+            g.square().sum() for g in torch.autograd.grad(r, list(task.model.parameters()), retain_graph=True)
+        )
+        for r in rows
+    ) / len(rows)
+    type(task).global_step = property(lambda self: 0)
+    try:
+        found = task._kernel_trace("residual", draws=300)
+    finally:
+        del type(task).global_step
+    assert found.item() == pytest.approx(exact.item(), rel=0.25)
+
+
+def test_chunks_do_not_change_the_gradient():
+    grads = []
+    for chunk in (48, 7):
+        task = make(problem="burgers1d", chunk=chunk).double()
+        task._backward()
+        grads.append(torch.cat([p.grad.reshape(-1) for p in task.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*grads)
+
+
+def test_causal_weights_fall_with_time():
+    task = make(causal=1.0, slabs=4)
+    task.slab_loss.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+    weights = task._weights_of_points()
+    early, late = task.points[:, 1] < 0.25, task.points[:, 1] > 0.75
+    assert weights[early].min() == 1 and weights[late].max() == pytest.approx(2.718281828**-3, rel=1e-5)
+
+
+def test_hard_conditions_hold_exactly():
+    task = make(problem="burgers1d")
+    x = torch.linspace(-1, 1, 9)
+    start = task.model(torch.stack((x, torch.zeros(9)), 1))[:, 0]
+    assert (start + torch.sin(torch.pi * x)).abs().max() < 1e-6
+    assert task.model(torch.tensor([[-1.0, 0.4], [1.0, 0.7]])).abs().max() < 1e-6
+    assert task.terms == ["residual"]
+    walls = make(problem="cavity").model(torch.tensor([[0.0, 0.3], [1.0, 0.5], [0.4, 0.0], [0.5, 1.0]]))
+    assert walls[:3, :2].abs().max() < 1e-6 and walls[3, 0].item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_inverse_problem_trains_its_coefficients():
+    task = make(problem="ns_inverse", physics={"measurements": 60, "snapshots": 4, "duration": 0.3})
+    task._backward()
+    assert set(task.unknowns) == {"l1", "l2"} and task.unknowns["l1"].grad.abs() > 0
+    stream = make(
+        problem="ns_inverse",
+        physics={"measurements": 30, "snapshots": 4, "duration": 0.3, "formulation": "stream"},
+    )
+    stream._backward()
+    assert stream.unknowns["l2"].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"second": "lbgfs"}, "did you mean 'lbfgs'"),
+        ({"derivatives": "taylr"}, "unknown task.derivatives"),
+        ({"adaptive": 2}, "in \\[0, 1\\]"),
+        ({"balance": "gradnorm"}, "did you mean 'grad_norm'"),
+        ({"weights": {"inital": 2.0}}, "unknown loss term"),
+    ],
+)
+def test_bad_options(options, text):
+    with pytest.raises(ConfigError, match=text):
+        make(**options)
+
+
+def test_causal_needs_time():
+    with pytest.raises(ConfigError, match="needs a time coordinate"):
+        make(problem="kovasznay", causal=1.0)
