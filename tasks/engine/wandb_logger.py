@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.errors import ConfigError
 
 MODES = ("auto", "online", "offline", "disabled")
+INIT_TIMEOUT_S = 20
 
 
 class ZooWandb(WandbLogger):
@@ -55,8 +56,8 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
 
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+    def logger(mode: str) -> ZooWandb:
         return ZooWandb(
             name=folder.name,
             save_dir=str(folder),
@@ -69,8 +70,21 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
             mode=mode,
             # "allow" continues an online run; offline runs are joined by their id when they are synced.
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(init_timeout=30, console="off", silent=True),
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, console="off", silent=True),
         )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if mode == "online":
+            online = logger(mode)
+            try:
+                _ = online.experiment  # connects
+                return online
+            except wandb.errors.Error as error:
+                wandb.teardown()
+                print(f"W&B cannot be reached ({type(error).__name__}); this run is logged offline, see wandb sync")
+                mode = "offline"
+        return logger(mode)
 
 
 def _has_key() -> bool:

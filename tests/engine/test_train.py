@@ -253,3 +253,19 @@ def test_wandb_offline_run_reads_back(tmp_path, monkeypatch):
     result = json.loads((folder / "result.json").read_text())
     assert "test/accuracy" in history
     assert history["test/accuracy"][-1] == pytest.approx(result["test"]["accuracy"])
+
+
+def test_wandb_with_a_key_but_no_network_goes_offline(tmp_path, monkeypatch, capsys):
+    """A server that refuses connections stands for the cut network."""
+    from tasks.engine import wandb_logger
+
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 3)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    folder = tmp_path / "r"
+    began = time.monotonic()
+    status, _ = run(*SMALL, "trainer.max_epochs=1", "logger=wandb", f"hydra.run.dir={folder}", capsys=None)
+    assert status == 0 and time.monotonic() - began < 90
+    assert "logged offline" in capsys.readouterr().out
+    assert (folder / "result.json").exists() and list(folder.glob("wandb/offline-run-*"))
