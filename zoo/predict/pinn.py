@@ -1,0 +1,138 @@
+"""Evaluate a trained solver on a grid or at points and write the fields as .npz, .csv or .vtk.
+
+Inputs: `grid:50x100` (points per coordinate over the trained box), a .csv whose header names the coordinates, or an .npz
+with one array per coordinate. `--out FILE` chooses where the fields go: .npz, .csv, or .vtk / .vtu if meshio is there.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zoo.errors import ConfigError, DataError, unknown
+from zoo.predict import Predictor
+
+_SUFFIXES = (".npz", ".csv", ".vtk", ".vtu")
+
+
+class TaskPredictor(Predictor):
+    """Fields of a trained network at the points asked for."""
+
+    out: Path | None = None
+
+    def options(self, given: dict[str, str]) -> list[str]:
+        for name, value in given.items():
+            if name != "out":
+                raise unknown("option of predict:", f"--{name}", ("--out", "--json"))
+            self.out = Path(value)
+            if self.out.suffix not in _SUFFIXES:
+                raise ConfigError(f"--out {value}: choose a file ending in {', '.join(_SUFFIXES)}")
+        return []
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Names and box of the trained problem."""
+        return self.preprocessing
+
+    def inputs(self, arguments: list[str]) -> Any:
+        yield from arguments
+
+    def preprocess(self, raw: Any) -> torch.Tensor:
+        """`grid:AxB...`, a table's path or an array [N, d] to points [N, d]."""
+        names, lower, upper = (self.about[k] for k in ("coordinates", "lower", "upper"))
+        if isinstance(raw, str) and raw.startswith("grid:"):
+            try:
+                counts = [int(c) for c in raw[5:].split("x")]
+            except ValueError:
+                counts = []
+            if len(counts) != len(names) or min(counts, default=0) < 1:
+                raise DataError(
+                    f"{raw!r}: give one positive number per coordinate, e.g. grid:{'x'.join(['50'] * len(names))}"
+                )
+            axes = [np.linspace(a, b, n) for a, b, n in zip(lower, upper, counts, strict=True)]
+            points = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], 1)
+        elif isinstance(raw, str):
+            points = _read(Path(raw), names)
+        else:
+            points = np.asarray(raw, float)
+        if points.ndim != 2 or points.shape[1] != len(names) or not np.isfinite(points).all():
+            raise DataError(
+                f"points must be finite numbers [N, {len(names)}] in the order {', '.join(names)}"
+            )
+        outside = ((points < np.array(lower) - 1e-9) | (points > np.array(upper) + 1e-9)).any(1)
+        if outside.any():
+            box = ", ".join(f"{n} in [{a:g}, {b:g}]" for n, a, b in zip(names, lower, upper, strict=True))
+            raise DataError(
+                f"{int(outside.sum())} of {len(points)} points lie outside the trained box: {box}"
+            )
+        return torch.from_numpy(points)
+
+    @torch.no_grad()
+    def predict(self, raw: Any) -> dict[str, Any]:
+        """`{"points", "fields": {name: {min, max, mean}}, "file"}`; the numbers themselves go to `--out`."""
+        points = self.preprocess(raw)
+        dtype = next(self.model.parameters()).dtype
+        values = torch.cat([self.model(p.to(dtype)).double() for p in points.split(4096)]).numpy()
+        columns = dict(zip(self.about["coordinates"], points.numpy().T, strict=True))
+        fields = dict(zip(self.about["fields"], values.T, strict=True))
+        summary = {
+            k: {"min": float(v.min()), "max": float(v.max()), "mean": float(v.mean())}
+            for k, v in fields.items()
+        }
+        file = None
+        if self.out is not None:
+            file = str(_write(self.out, columns, fields))
+        return {"points": len(points), "fields": summary, "file": file}
+
+    def format(self, raw: Any, prediction: dict[str, Any]) -> str:
+        ranges = ", ".join(f"{k} {v['min']:.4g} .. {v['max']:.4g}" for k, v in prediction["fields"].items())
+        where = f", written to {prediction['file']}" if prediction["file"] else ""
+        return f"{raw}: {prediction['points']} points, {ranges}{where}"
+
+
+def _read(path: Path, names: list[str]) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"no file {path}; give a .csv or .npz with {', '.join(names)}, or grid:50x50")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return np.stack([np.asarray(arrays[n], float).ravel() for n in names], 1)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return np.array([[float(row[n]) for n in names] for row in rows]).reshape(-1, len(names))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: no column {error}; it needs {', '.join(names)}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _write(path: Path, columns: dict[str, np.ndarray], fields: dict[str, np.ndarray]) -> Path:
+    table = {**columns, **fields}
+    if path.suffix == ".npz":
+        np.savez(path, **table)
+    elif path.suffix == ".csv":
+        np.savetxt(
+            path,
+            np.stack(list(table.values()), 1),
+            delimiter=",",
+            header=",".join(table),
+            comments="",
+            fmt="%.10g",
+        )
+    else:
+        try:
+            import meshio
+        except ImportError:
+            raise ConfigError(
+                f"writing {path.suffix} needs meshio (pip install meshio); .npz and .csv need nothing"
+            ) from None
+        places = np.zeros((len(next(iter(columns.values()))), 3))
+        for axis, column in enumerate(list(columns.values())[:3]):
+            places[:, axis] = column
+        cells = [("vertex", np.arange(len(places))[:, None])]
+        meshio.Mesh(places, cells, point_data=fields).write(path)
+    return path
