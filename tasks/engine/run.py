@@ -43,7 +43,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         cfg: Resolved configuration, see conf/.
         folder: Run folder; continued when `cfg.resume` is set.
     """
-    _quiet()
+    quiet()
     with RunFolder(folder):
         if not cfg.resume and is_main_process():
             write_atomic(folder / "config.yaml", lambda p: OmegaConf.save(cfg, p, resolve=True))
@@ -262,7 +262,7 @@ def _best_valid(trainer: L.Trainer) -> dict[str, float]:
     return {} if score is None else {callback.monitor.removeprefix("valid/"): float(score)}
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence advice that does not concern the user of a finished configuration."""
     import logging
 

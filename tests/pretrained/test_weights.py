@@ -55,7 +55,9 @@ def test_round_trip_by_path_folder_and_name(tmp_path, monkeypatch):
 
 def test_misfit_is_reported_by_name(tmp_path):
     _, path = saved(tmp_path)
-    other = build_from_card(read_card(path) | {"model": {"name": "vit", "options": {**OPTIONS, "num_classes": 5}}})
+    other = build_from_card(
+        read_card(path) | {"model": {"name": "vit", "options": {**OPTIONS, "num_classes": 5}}}
+    )
     with pytest.raises(WeightsError, match=r"head.weight \[3, 16\] -> \[5, 16\].*strict=False"):
         load_weights(other, path)
     report = load_weights(other, path, strict=False)

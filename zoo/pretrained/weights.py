@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.attention.slots import AttentionFactory
 from zoo.errors import CapabilityError, WeightsError
 from zoo.models.registry import build_model, get_model
+from zoo.pretrained.hub import PREFIX, fetch_from_hub
 
 FORMAT = 1
 
@@ -129,7 +130,9 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
 
 
 def resolve(name: str | Path) -> Path:
-    """The weights file that `name` stands for: a file, a run folder, or a name under the zoo's folders."""
+    """The weights file that `name` stands for: a file, a run folder, a Hub name, or a name in the zoo's folders."""
+    if str(name).startswith(PREFIX):
+        return fetch_from_hub(str(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return path / "weights.safetensors"

@@ -1,0 +1,66 @@
+"""python -m zoo verify NAME...: evaluate weights on their test split again and compare with their cards."""
+
+from __future__ import annotations
+
+import argparse
+
+from zoo.errors import WeightsError
+
+
+def reproduce(name: str) -> tuple[dict[str, float], dict[str, float]]:
+    """The card's test metrics and the ones measured now."""
+    import lightning as L
+    from omegaconf import OmegaConf
+
+    from tasks.engine.run import build_data, build_task, quiet
+    from zoo.pretrained.weights import load_weights, read_card, resolve
+
+    quiet()
+    path = resolve(name)
+    card = read_card(path)
+    if "config" not in card:
+        raise WeightsError(f"the card of {name} holds no configuration, so its test cannot be repeated")
+    cfg = OmegaConf.create(card["config"])
+    data = build_data(cfg)
+    task, _ = build_task(cfg, data)
+    load_weights(task.model, path)
+    if data.split_record().get("sha256") != card["data"]["split"].get("sha256"):
+        raise WeightsError(f"the test split of {name} is not the one of its card; the data have changed")
+    L.seed_everything(cfg.seed, verbose=False)
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,  # solvers differentiate in their test
+        precision=cfg.trainer.precision,
+    )
+    trainer.test(task, datamodule=data, verbose=False)
+    now = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
+    return card["metrics"], now
+
+
+def agrees(card: float, now: float) -> bool:
+    """Equal to three digits."""
+    return abs(card - now) <= 1e-3 * max(abs(card), 1e-9) + 1e-9
+
+
+def main(argv: list[str]) -> int:
+    from zoo.pretrained.weights import list_weights
+
+    parser = argparse.ArgumentParser(prog="python -m zoo verify", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", help="weights names, files or run folders, or all")
+    args = parser.parse_args(argv)
+    failed = 0
+    for name in list_weights() if args.names == ["all"] else args.names:
+        card, now = reproduce(name)
+        for metric, value in card.items():
+            ok = metric in now and agrees(value, now[metric])
+            failed += not ok
+            print(
+                f"{name}: {metric} card {value:.5g}, now {now.get(metric, float('nan')):.5g}{'' if ok else '  DIFFERS'}"
+            )
+    return 1 if failed else 0
