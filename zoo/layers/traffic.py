@@ -186,4 +186,4 @@ class GraphBias(nn.Module):
             off = self.adjacency <= 0
             return torch.zeros_like(self.adjacency).masked_fill(off, -torch.inf)[None, None]
         logs = self.adjacency.clamp_min(self.floor).log()
-        return self.strength[:, None, None] * logs
+        return (self.strength[:, None, None] * logs)[None]

@@ -1,0 +1,260 @@
+"""Reading what users of traffic models bring: pandas HDF5 without pandas, adjacencies without unpickling, CSV tables."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.traffic_series import Series, check_adjacency, kernel_adjacency, match_adjacency
+
+# All that a pickled (ids, index, matrix) needs; anything else is refused, since unpickling runs code.
+_HARMLESS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+}
+
+
+def existing(path: Any, what: str) -> Path:
+    """The path of a file that exists, or an error that says which option to set."""
+    if not path:
+        raise DataError(f"{what} is not set; give the path of the file")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{what}={path} does not exist")
+    return path
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
+        raise DataError(
+            f"the pickle asks for {module}.{name}, which a list of ids and a matrix do not need; nothing of it was run. "
+            "Save the matrix as .npy or .csv instead"
+        )
+
+
+def read_pickled_graph(path: Path) -> tuple[list[str] | None, np.ndarray]:
+    """Sensor ids and matrix of an `adj_mx.pkl`, written by Python 2 or 3, without running anything it contains."""
+    try:
+        with path.open("rb") as stream:
+            content = _Restricted(stream, encoding="latin1").load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:
+        raise DataError(f"{path} is no readable pickle ({type(error).__name__}: {error})") from error
+    if isinstance(content, np.ndarray):
+        return None, content
+    if isinstance(content, list | tuple) and len(content) == 3 and isinstance(content[2], np.ndarray):
+        return [_text(item) for item in content[0]], content[2]
+    raise DataError(f"{path}: expected (ids, id -> index, matrix) or a matrix, got {type(content).__name__}")
+
+
+def read_graph(path: Path, series: Series, *, sigma: float | None, cut: float) -> np.ndarray:
+    """An adjacency for the sensors of `series`.
+
+    Args:
+        path: `.npy`, `.npz` (first array) or `.csv` matrix, `.pkl` triple, or a `.csv` of distances with the columns from,
+            to and cost (or distance), which go through the Gaussian kernel.
+        series: Readings; repairs are counted in it.
+        sigma: Width of the kernel; see `kernel_adjacency`.
+        cut: Smallest weight kept.
+    """
+    suffix = path.suffix.lower()
+    ids: list[str] | None = None
+    if suffix in (".pkl", ".pickle"):
+        ids, matrix = read_pickled_graph(path)
+    elif suffix in (".npy", ".npz"):
+        loaded = np.load(path, allow_pickle=False)
+        matrix = loaded if suffix == ".npy" else loaded[loaded.files[0]]
+    elif suffix == ".csv":
+        header = path.open(encoding="utf-8-sig").readline().lower()
+        if "from" in header and "to" in header:
+            distances = read_distances(path, series.sensors)
+            return kernel_adjacency(distances, sigma=sigma, cut=cut)
+        ids, matrix = _csv_matrix(path)
+    else:
+        raise DataError(f"data.adjacency={path}: use .npy, .npz, .csv or .pkl, not {suffix or 'no suffix'}")
+    if ids is None:
+        return check_adjacency(matrix, len(series.sensors))
+    return match_adjacency(matrix, ids, series.sensors, series.repairs)
+
+
+def _csv_matrix(path: Path) -> tuple[list[str] | None, np.ndarray]:
+    """A matrix of numbers, with or without a header row of ids and an index column."""
+    import pandas as pd
+
+    table = pd.read_csv(path, header=None, dtype=str)
+    numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if np.isnan(numbers[0, 0]) or table.shape[0] == table.shape[1] == 0:
+        return [str(name) for name in table.iloc[0, 1:]], numbers[1:, 1:]
+    if table.shape[0] == table.shape[1] + 1:
+        return [str(name) for name in table.iloc[0]], numbers[1:]
+    return None, numbers
+
+
+def read_distances(path: Path, sensors: list[str]) -> np.ndarray:
+    """Distances [N, N], infinite without a link, from a CSV of from, to, cost; ids are names or row numbers.
+
+    Row i holds the distances of whom sensor i listens to: a line "from a to b" is an edge of row b. The official
+    preparations of PEMS data use the same matrix the other way round or symmetrically; so both directions are set where a
+    file lists only one.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+    table.columns = [column.strip().lower() for column in table.columns]
+    cost = next((name for name in ("cost", "distance", "dist", "length") if name in table.columns), None)
+    if cost is None or not {"from", "to"} <= set(table.columns):
+        raise DataError(
+            f"{path}: expected the columns from, to and cost (or distance), got {', '.join(table.columns)}"
+        )
+    place = {name: i for i, name in enumerate(sensors)}
+    used = set(table["from"]) | set(table["to"])
+    if not used & set(place) and all(_is_index(name, len(sensors)) for name in used):
+        place = {str(i): i for i in range(len(sensors))}
+    out = np.full((len(sensors), len(sensors)), np.inf)
+    known = table["from"].isin(place) & table["to"].isin(place)
+    if not known.any():
+        raise DataError(
+            f"{path}: no line joins two of the {len(sensors)} sensors (ids such as {sensors[0]!r}; the file has "
+            f"{sorted(used)[0]!r})"
+        )
+    part = table[known]
+    source, target = part["from"].map(place).to_numpy(int), part["to"].map(place).to_numpy(int)
+    metres = pd.to_numeric(part[cost], errors="coerce").to_numpy(float)
+    if np.isnan(metres).any():
+        raise DataError(f"{path}: {int(np.isnan(metres).sum())} lines have no number as {cost}")
+    out[target, source] = metres
+    out = np.where(np.isinf(out), out.T, out)
+    np.fill_diagonal(out, 0.0)
+    return out
+
+
+def _is_index(name: str, count: int) -> bool:
+    return name.isdigit() and int(name) < count
+
+
+def read_frame_h5(path: Path, key: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Timestamps [R], readings [R, N] and column names of a data frame that pandas wrote to HDF5 (fixed format).
+
+    Args:
+        path: Such as metr-la.h5.
+        key: Name of the frame in the file; the only one when left out.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise DataError("reading .h5 files needs h5py; pip install h5py") from None
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path} is no readable HDF5 file ({error})") from None
+    with file:
+        frames = [name for name, item in file.items() if isinstance(item, h5py.Group) and "axis0" in item]
+        tables = [name for name, item in file.items() if isinstance(item, h5py.Group) and "table" in item]
+        if key is None and len(frames) != 1:
+            if tables and not frames:
+                raise DataError(
+                    f"{path}: frame {tables[0]!r} is stored in table format; write it with df.to_hdf(path, key='df', "
+                    "format='fixed')"
+                )
+            raise DataError(
+                f"{path}: expected one data frame, found {', '.join(frames) or 'none'}; set data.key"
+            )
+        if key is not None and key not in frames:
+            raise DataError(f"{path} has no frame {key!r}; there are: {', '.join(frames) or 'none'}")
+        group = file[key or frames[0]]
+        columns = [_text(item) for item in _axis(group["axis0"], path)]
+        times = _times(group["axis1"], path)
+        values = np.full((len(times), len(columns)), np.nan, dtype=np.float32)
+        place = {name: i for i, name in enumerate(columns)}
+        for block in range(int(group.attrs.get("nblocks", 1))):
+            items = [place[_text(item)] for item in _axis(group[f"block{block}_items"], path)]
+            cells = group[f"block{block}_values"]
+            if cells.dtype.kind not in "fiub":
+                raise DataError(f"{path}: columns of block {block} hold no numbers but {cells.dtype}")
+            values[:, items] = cells[()].astype(np.float32)
+    return times, values, columns
+
+
+def _axis(node: Any, path: Path) -> np.ndarray:
+    import h5py
+
+    if h5py.check_vlen_dtype(node.dtype) is not None and h5py.check_string_dtype(node.dtype) is None:
+        raise DataError(
+            f"{path}: an axis is stored as pickled objects, which are not opened here; convert names to text "
+            "(df.columns = df.columns.astype(str)) and save again"
+        )
+    return node[()]
+
+
+def _times(node: Any, path: Path) -> np.ndarray:
+    kind = _text(node.attrs.get("kind", "datetime64"))
+    if not kind.startswith("datetime64"):
+        raise DataError(f"{path}: the index holds {kind}, not timestamps; set a DatetimeIndex before saving")
+    unit = kind[11:-1] if kind.startswith("datetime64[") else "ns"
+    return node[()].astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
+
+
+def _text(item: Any) -> str:
+    if isinstance(item, np.ndarray) and item.ndim == 0:
+        item = item[()]
+    return item.decode() if isinstance(item, bytes) else str(item)
+
+
+def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Timestamps, readings and sensors of a CSV or Parquet table.
+
+    Long: columns timestamp, sensor and value. Wide: a timestamp first, then a column a sensor.
+    """
+    import pandas as pd
+
+    if path.suffix.lower() in (".parquet", ".pq"):
+        table = pd.read_parquet(path)
+        if isinstance(table.index, pd.DatetimeIndex):
+            table = table.reset_index()
+    else:
+        table = pd.read_csv(path)
+    lower = {str(column).strip().lower(): column for column in table.columns}
+    if {"timestamp", "sensor", "value"} <= set(lower):
+        stamp, sensor, value = (lower[name] for name in ("timestamp", "sensor", "value"))
+        table[stamp] = _parsed(table[stamp], path)
+        table[value] = pd.to_numeric(table[value], errors="coerce")
+        # Several readings of a sensor in a step are averaged, as duplicate rows are elsewhere.
+        table = table.pivot_table(index=stamp, columns=sensor, values=value, dropna=False, observed=False)
+        table = table.sort_index()
+        return table.index.to_numpy(), table.to_numpy(np.float32), [str(name) for name in table.columns]
+    if len(table.columns) < 2:
+        raise DataError(
+            f"{path}: expected the columns timestamp, sensor, value, or a timestamp and a column a sensor; got "
+            f"{', '.join(map(str, table.columns))}"
+        )
+    first, *names = table.columns
+    values = table[names].apply(pd.to_numeric, errors="coerce")
+    return _parsed(table[first], path).to_numpy(), values.to_numpy(np.float32), [str(name) for name in names]
+
+
+def _parsed(column: Any, path: Path) -> Any:
+    import pandas as pd
+
+    if column.dtype.kind in "if":
+        raise DataError(
+            f"{path}: column {column.name!r} holds numbers, not timestamps such as 2024-05-01 06:00"
+        )
+    stamps = pd.to_datetime(column, errors="coerce")
+    if stamps.isna().any():
+        bad = int(stamps.isna().to_numpy().argmax())
+        raise DataError(
+            f"{path}: {int(stamps.isna().sum())} timestamps are unreadable (first: {column.iloc[bad]!r} in row {bad + 1})"
+        )
+    return stamps.dt.tz_localize(None) if getattr(stamps.dt, "tz", None) is not None else stamps

@@ -1,0 +1,133 @@
+"""Recent readings as CSV to a forecast of the next steps of every sensor."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ConfigError, DataError, unknown
+from zoo.predict import Predictor
+
+Readings = dict[datetime, list[float]]
+
+
+class TaskPredictor(Predictor):
+    """Forecasts from a table whose first column is a timestamp and whose other columns are named after sensors.
+
+    The table must hold the last `history_steps` before the forecast, and, where the model looks at earlier days or weeks,
+    as many rows as it has; absent rows and empty cells are missing readings. `--at TIME` forecasts from after that row
+    instead of from after the last one.
+    """
+
+    at: datetime | None = None
+
+    def options(self, given: dict[str, str]) -> list[str]:
+        for name, value in given.items():
+            if name != "at":
+                raise unknown("option of predict:", f"--{name}", ("--at", "--json"))
+            try:
+                self.at = datetime.fromisoformat(value)
+            except ValueError:
+                raise ConfigError(f"--at {value!r} is no time such as 2025-12-31T18:00") from None
+        return []
+
+    def inputs(self, arguments: list[str]) -> Iterator[str]:
+        for item in super().inputs(arguments):
+            if Path(item).suffix.lower() == ".csv" or item in arguments:
+                yield item
+
+    def preprocess(self, raw: Any) -> dict[str, Tensor]:
+        """A path, or readings by time as {datetime: [reading of each sensor]}, to the model's inputs."""
+        return self._inputs(raw if isinstance(raw, dict) else self._read(Path(raw)))[0]
+
+    def _read(self, path: Path) -> Readings:
+        sensors = self.preprocessing["sensors"]
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as stream:
+                header, *rows = list(csv.reader(stream))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        except ValueError:
+            raise DataError(f"{path} is empty; expected a header line and readings") from None
+        place = {name.strip(): i for i, name in enumerate(header)}
+        absent = [name for name in sensors if name not in place]
+        if absent:
+            raise DataError(
+                f"{path} has no column for {len(absent)} of {len(sensors)} sensors, such as {absent[0]!r}; sensors without "
+                "readings need an empty column"
+            )
+        readings: Readings = {}
+        for number, row in enumerate((r for r in rows if r), 2):
+            try:
+                time = datetime.fromisoformat(row[0])
+                readings[time.replace(tzinfo=None)] = [_number(row[place[name]]) for name in sensors]
+            except (ValueError, IndexError) as error:
+                raise DataError(f"{path}, line {number}: {error}; expected a time and numbers") from None
+        return readings
+
+    def _inputs(self, readings: Readings) -> tuple[dict[str, Tensor], list[datetime]]:
+        """Model inputs with a batch of one, and the times that are forecast."""
+        p = self.preprocessing
+        if not readings:
+            raise DataError("there are no readings to forecast from")
+        step = timedelta(minutes=p["step_minutes"])
+        last = self.at or max(readings)
+        history = [last - step * i for i in reversed(range(p["history_steps"]))]
+        future = [last + step * (i + 1) for i in range(p["horizon_steps"])]
+        if not any(time in readings for time in history):
+            raise DataError(
+                f"no reading between {history[0]} and {history[-1]} in steps of {p['step_minutes']:g} minutes; do the "
+                "times lie on the clock that the model was trained on?"
+            )
+        minute = (history[0].weekday() * 24 + history[0].hour) * 60 + history[0].minute
+        inputs = dict(zip(("history", "history_seen"), self._cells(readings, history), strict=True))
+        inputs["clock"] = torch.tensor([int(minute // p["step_minutes"])])
+        if p["lag_steps"]:
+            looks = [self._cells(readings, [t - step * lag for t in future]) for lag in p["lag_steps"]]
+            inputs["known"] = torch.stack([values for values, _ in looks], dim=1)
+            inputs["known_seen"] = torch.stack([seen for _, seen in looks], dim=1)
+        return inputs, future
+
+    def _cells(self, readings: Readings, times: list[datetime]) -> tuple[Tensor, Tensor]:
+        """Readings [1, T, N], 0 where missing, and where they are not."""
+        gap = [math.nan] * len(self.preprocessing["sensors"])
+        values = torch.tensor([readings.get(time, gap) for time in times])[None]
+        seen = values.isfinite()
+        if self.preprocessing["null_value"] == "zero":
+            seen &= values != 0
+        return values.masked_fill(~seen, 0.0), seen
+
+    @torch.no_grad()
+    def predict(self, raw: Any) -> dict[str, Any]:
+        """`{"times", "sensors", "forecast": [[reading of each sensor] a step], "unit", "missing"}`."""
+        readings = raw if isinstance(raw, dict) else self._read(Path(raw))
+        inputs, future = self._inputs(readings)
+        forecast = self.model(**inputs)[0]
+        if self.card.get("nonnegative", True):
+            forecast = forecast.clamp_min(0.0)
+        return {
+            "times": [time.isoformat() for time in future],
+            "sensors": self.preprocessing["sensors"],
+            "forecast": [[round(v, 3) for v in row] for row in forecast.tolist()],
+            "unit": self.preprocessing["unit"],
+            "missing": int((~inputs["history_seen"]).sum()),
+        }
+
+    def format(self, raw: Any, prediction: dict[str, Any]) -> str:
+        mean = [sum(row) / len(row) for row in prediction["forecast"]]
+        steps = ", ".join(f"{t[5:16]} {m:.4g}" for t, m in zip(prediction["times"], mean, strict=True))
+        return (
+            f"{raw}: mean of {len(prediction['sensors'])} sensors, {prediction['unit']}: {steps} "
+            f"({prediction['missing']} missing readings in the window; --json for every sensor)"
+        )
+
+
+def _number(text: str) -> float:
+    return float(text) if text.strip() else math.nan
