@@ -19,7 +19,7 @@ def frame(rows: list[tuple]) -> pd.DataFrame:
     return out.astype({"user": str, "item": str, "time": float})
 
 
-def write_log(path: Path, users: int = 30, events: int = 14, items: int = 12, seed: int = 0) -> Path:
+def write_log(path: Path, users: int = 30, events: int = 14, items: int = 40, seed: int = 0) -> Path:
     """A chain with noise: item i is mostly followed by i + 1; half of the times tie."""
     rng = np.random.default_rng(seed)
     rows = []

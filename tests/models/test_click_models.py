@@ -117,6 +117,17 @@ def test_dare_keeps_its_two_tables_apart() -> None:
     assert "auxiliary" not in model.eval()(item, category, items, categories)
 
 
+def test_training_and_serving_of_dare_agree() -> None:
+    model = make("dare", top_k=5)
+    inputs = batch()
+    served = model(*inputs)["logit"]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eval()
+    torch.testing.assert_close(model(*inputs)["logit"], served)
+
+
 def test_sdim_table_serves_every_candidate() -> None:
     model = make("sdim")
     item, category, items, categories = batch(rows=1)

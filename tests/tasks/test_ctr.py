@@ -171,7 +171,7 @@ def test_log_errors_name_the_way_out(taobao: Path) -> None:
 
 def test_table_decay_moves_tables_to_a_group_of_their_own(simulated) -> None:
     task = make(simulated, task_options={"table_weight_decay": 0.5, "schedule": "constant"})
-    task.trainer = type("T", (), {"estimated_stepping_batches": 10})()
+    task.total_steps = lambda: 10
     groups = task.configure_optimizers()["optimizer"].param_groups
     tables = {
         id(p) for m in task.model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()

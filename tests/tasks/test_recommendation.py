@@ -144,7 +144,7 @@ def test_prediction_continues_the_chain_and_reports_unknown_items(data) -> None:
     assert "i06" in predictor.format("x", out)
     with pytest.raises(DataError, match="history is empty"):
         predictor.predict(" , ")
-    with pytest.raises(DataError, match="did you mean i0"):
+    with pytest.raises(DataError, match="did you mean i"):
         predictor.predict("i0")
     with pytest.raises(ConfigError, match="--top-k"):
         predictor.options({"top-k": "0"})

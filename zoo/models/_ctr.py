@@ -215,9 +215,14 @@ class ClickModel(nn.Module):
         with torch.no_grad():
             scores = self.search_scores(item, category, items, categories)
             scores = scores.masked_fill(items == 0, float("-inf"))
-            best, place = scores.topk(keep, dim=1)
-            place, order = place.sort(1)  # in time order, for variants that mind
-            return place, best.gather(1, order) > float("-inf")
+            return self.select(scores, keep)
+
+    @staticmethod
+    def select(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Places [B, K] of the best scores [B, M] in time order, and which of them are above -inf."""
+        best, place = scores.topk(keep, dim=1)
+        place, order = place.sort(1)
+        return place, best.gather(1, order) > float("-inf")
 
     def aggregate(
         self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor, ages: Tensor, mask: Tensor

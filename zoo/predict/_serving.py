@@ -55,7 +55,7 @@ def blocked_top_k(
         score = torch.cat((best_score, scores), 1)
         item = torch.cat((best_item, item), 1)
         # A stable sort keeps the smaller number first among equals; only the best k of a block can stay.
-        order = score.argsort(1, descending=True, stable=True)[:, :k]
+        order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
         best_score, best_item = score.gather(1, order), item.gather(1, order)
     return best_score, best_item
 
