@@ -82,7 +82,9 @@ def hub(tmp_path):
 def load(endpoint, cache, name="hf-hub:owner/model", **more):
     """In a fresh process: the client reads its environment at import."""
     code = (
-        "import sys\nfrom zoo.errors import ZooError\nfrom zoo.pretrained import load_model\n"
+        "import sys\nimport huggingface_hub.constants as c\n"
+        "c.DOWNLOAD_CHUNK_SIZE = 1000  # as small against our file as the client's 10 MiB against a real one\n"
+        "from zoo.errors import ZooError\nfrom zoo.pretrained import load_model\n"
         "try:\n    model, card = load_model(sys.argv[1])\n    print('loaded', card['attention'])\n"
         "except ZooError as error:\n    print('refused:', error)\n"
     )
