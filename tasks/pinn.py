@@ -26,7 +26,7 @@ from tasks.optimizers.soap import Soap
 from tasks.physics.balance import Balance
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError, ZooError, unknown
-from zoo.layers.derivatives import METHODS, Derivatives, derivatives, multi_index
+from zoo.layers.derivatives import METHODS, Derivatives, choose_method, derivatives, multi_index
 
 log = logging.getLogger("zoo.pinn")
 
@@ -135,14 +135,16 @@ class PinnTask(ZooTask):
             resample_every, adaptive, pool, power, floor)  # fmt: skip
         self.causal, self.slabs, self.self_adaptive = causal, slabs, self_adaptive
         attentive = [m for m in model.modules() if isinstance(m, Attention)]
-        # Measured: jets win as soon as there is attention; a plain perceptron is faster by nested reverse mode.
-        self.method = ("taylor" if attentive else "reverse") if derivatives == "auto" else derivatives
         for name in sorted({m.name for m in attentive if not m.capabilities.smooth}):
             log.warning(
                 "attention %r is not smooth (selection or rounding): its second derivatives miss the jumps",
                 name,
             )
         self.wanted = [multi_index(by, p.coordinates) for by in (*p.derivatives, *p.report_derivatives)]
+        self.method = derivatives
+        if derivatives == "auto":
+            self.method, reason = choose_method(model, data.draw(2, 0).to(self.dtype_now), self.wanted)
+            log.info("derivatives by %s: %s", self.method, reason)
         self.unknowns = nn.ParameterDict(
             {k: nn.Parameter(torch.tensor(float(v[0]))) for k, v in p.unknowns.items()}
         )
@@ -240,7 +242,7 @@ class PinnTask(ZooTask):
             weight = self.balance[term].to(self.dtype_now)
             total = torch.zeros((), dtype=torch.float64, device=self.points.device)
             for part in self.parts(term):
-                self.manual_backward(weight * part)
+                (weight * part).backward()
                 total += part.detach().double()
             values[term] = total
         return sum(self.balance[t] * v for t, v in values.items()), values

