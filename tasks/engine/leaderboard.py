@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import t as student
 
 from tasks.engine.folder import write_atomic, write_json
+from tasks.engine.leaderboard_figure import draw
+from tasks.engine.leaderboard_page import page
 from tasks.engine.report import higher_is_better
 
 COST = ("parameters", "flops", "state_size", "peak_memory_mib", "samples_per_s", "train_seconds")
@@ -84,12 +86,24 @@ def mean_interval(values: list[float]) -> tuple[float, float | None]:
     return mean, float(student.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values)))
 
 
-def write_leaderboard(sweep: Path) -> list[dict[str, Any]]:
-    """Write leaderboard.csv and leaderboard.md into the sweep's folder; returns the rows."""
-    results, failures = collect([sweep])
+def write_leaderboard(place: Path, folders: list[Path] | None = None) -> list[dict[str, Any]]:
+    """Write leaderboard.csv, .md, .png and .html into `place`; returns the rows.
+
+    Args:
+        place: Folder of the sweep.
+        folders: Where to look for runs; `place` when left out.
+    """
+    results, failures = collect(folders or [place])
     rows = summarise(results)
-    write_atomic(sweep / "leaderboard.csv", lambda p: p.write_text(_csv(rows)))
-    write_atomic(sweep / "leaderboard.md", lambda p: p.write_text(markdown(rows, failures, results)))
+    write_atomic(place / "leaderboard.csv", lambda p: p.write_text(_csv(rows)))
+    write_atomic(place / "leaderboard.md", lambda p: p.write_text(markdown(rows, failures, results)))
+    figure = place / "leaderboard.png"
+    if rows:
+        write_atomic(figure, lambda p: draw(rows, p))
+    write_atomic(
+        place / "leaderboard.html",
+        lambda p: p.write_text(page(rows, failures, results, figure if rows else None)),
+    )
     return rows
 
 

@@ -82,7 +82,9 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
                 return online
             except wandb.errors.Error as error:
                 wandb.teardown()
-                print(f"W&B cannot be reached ({type(error).__name__}); this run is logged offline, see wandb sync")
+                print(
+                    f"W&B cannot be reached ({type(error).__name__}); this run is logged offline, see wandb sync"
+                )
                 mode = "offline"
         return logger(mode)
 

@@ -193,6 +193,9 @@ def test_a_sweep_leaves_a_leaderboard_although_a_job_fails(tmp_path, capsys):
         assert row["seeds"] == "2" and float(row["accuracy_ci95"]) >= 0
         assert float(row["parameters"]) > 0 and float(row["flops"]) > 0 and float(row["samples_per_s"]) > 0
     text = (tmp_path / "leaderboard.md").read_text()
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert page.count("<tr>") >= 4 and "data:image/png;base64," in page and "must divide dim" in page
+    assert "src=\"http" not in page and "<link" not in page  # nothing is loaded from elsewhere
     assert "majority_class" in text and "Without result" in text and text.count("must divide dim") == 4
 
 
