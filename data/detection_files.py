@@ -1,0 +1,377 @@
+"""Annotated image files: records of any format become batches of one size, with boxes and masks kept in step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.base import SPLITS, SplitDataset, check_at_least, check_range, hash_arrays
+from data.detection_base import VOID, SceneData, coco_dictionary, confusion_scores, pad_objects
+from data.detection_masks import paint_segments
+from data.errors import DataError
+from data.sampler import BatchKey, global_seed
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Record:
+    """One image and what is in it, in pixels of the file.
+
+    Attributes:
+        path: Image file.
+        size: Height and width.
+        boxes: Corners x1, y1, x2, y2, [n, 4].
+        labels: Class numbers, [n].
+        crowd: Flags of regions that count neither as object nor as mistake, [n].
+        area: Pixels of each object, [n].
+        segments: Polygons or run lengths of each object, or None.
+        mask: File with one class per pixel, or None.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    area: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    segments: list[Any] | None = None
+    mask: Path | None = None
+
+
+class FileScenes(SceneData):
+    """Images on disk, scaled to fit a square and padded at the right and the bottom.
+
+    Args:
+        root: Folder of the data.
+        image_size: Side of the batches' images, pixels.
+        flip: Probability of mirroring a training image.
+        crop: Cut random windows that keep objects out of training images (SSD's IoU crop).
+        photometric: Change brightness, contrast and colour of training images.
+        val_fraction: Share of the training images for validation, where the data name none.
+        test_fraction: The same for test.
+        common: Options of :class:`data.base.ZooData`.
+    """
+
+    padded = True
+
+    def __init__(
+        self,
+        *,
+        root: str = "",
+        image_size: int = 256,
+        flip: float = 0.5,
+        crop: bool = False,
+        photometric: bool = False,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.15,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_at_least(1, image_size=image_size)
+        check_range(0, 1, flip=flip, val_fraction=val_fraction, test_fraction=test_fraction)
+        if val_fraction + test_fraction >= 1:
+            raise DataError("data.val_fraction and data.test_fraction leave nothing to train on; lower them")
+        self.root = Path(root).expanduser()
+        self.given_root = root
+        self._size = image_size
+        self.flip, self.crop, self.photometric = flip, crop, photometric
+        self.fractions = (val_fraction, test_fraction)
+        self._records: dict[str, list[Record]] = {}
+
+    def read(self) -> tuple[dict[str, list[Record]], list[str]]:
+        """Records by split (only "train" where the data name no others) and the class names."""
+        raise NotImplementedError
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return (self._size, self._size)
+
+    def folder(self) -> Path:
+        """The data's folder.
+
+        Raises:
+            DataError: None given, or it does not exist.
+        """
+        if not self.given_root:
+            raise DataError(f"data {self.name!r} reads your files: give their folder as data.root=FOLDER")
+        if not self.root.is_dir():
+            raise DataError(f"data.root={self.given_root}: no such folder")
+        return self.root
+
+    def load(self) -> dict[str, Dataset]:
+        records, self.labels = self.read()
+        records = {split: self._existing(found) for split, found in records.items()}
+        missing = [s for s in SPLITS if not records.get(s)]
+        if missing:
+            records |= self._divide(records.get("train", []), missing)
+        self._records = records
+        return {split: SplitDataset(len(records[split]), _Batches(self, split)) for split in SPLITS}
+
+    def _existing(self, records: list[Record]) -> list[Record]:
+        kept = []
+        for record in records:
+            lost = next((p for p in (record.path, record.mask) if p is not None and not p.is_file()), None)
+            if lost is not None:
+                self.skipped[str(record.path)] = f"no file {lost}"
+            else:
+                kept.append(record)
+        return kept
+
+    def _divide(self, records: list[Record], missing: Sequence[str]) -> dict[str, list[Record]]:
+        """Take the missing splits from the training images, at least one image each."""
+        if len(records) <= len(missing) - (0 if "train" not in missing else 1):
+            why = (
+                f"; skipped {len(self.skipped)}: {next(iter(self.skipped.values()))}" if self.skipped else ""
+            )
+            raise DataError(
+                f"data {self.name!r}: {len(records)} usable training images are too few to make the splits "
+                f"{', '.join(missing)} from{why}"
+            )
+        order = np.random.RandomState(self.split_seed).permutation(len(records))
+        out, at = {}, 0
+        for split, share in zip(SPLITS[1:], self.fractions, strict=True):
+            if split in missing:
+                count = max(1, round(share * len(records)))
+                out[split] = [records[i] for i in order[at : at + count]]
+                at += count
+        out["train"] = [records[i] for i in order[at:]]
+        return out
+
+    # -- batches -----------------------------------------------------------------------------------------
+
+    def batch(self, split: str, key: BatchKey) -> dict[str, Tensor]:
+        """One batch; augmented when the key belongs to training (epoch >= 0)."""
+        samples = []
+        for place in key.indices.tolist():
+            train = split == "train" and key.epoch >= 0
+            with global_seed(self.seed, max(0, key.epoch), place):
+                samples.append(self.sample(self._records[split][place], train=train))
+        boxes, labels = pad_objects([s["boxes"] for s in samples], [s["labels"] for s in samples])
+        out = {
+            "image": torch.stack([s["image"] for s in samples]),
+            "boxes": boxes,
+            "labels": labels,
+            "size": torch.stack([s["size"] for s in samples]),
+            "index": torch.from_numpy(key.indices),
+        }
+        if "masks" in self.provides:
+            out["mask"] = torch.stack([s["mask"] for s in samples])
+        return out
+
+    def sample(self, record: Record, *, train: bool) -> dict[str, Tensor]:
+        """Image, boxes, labels, size and mask of one record, scaled and padded."""
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
+        image = tv_tensors.Image(_read_image(record.path))
+        height, width = image.shape[-2:]
+        if (height, width) != tuple(record.size):
+            raise DataError(
+                f"{record.path} has {height} x {width} pixels, its annotation says {record.size[0]} x {record.size[1]}"
+            )
+        real = ~record.crowd
+        item: dict[str, Any] = {
+            "image": image,
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(record.boxes[real]).float().reshape(-1, 4),
+                format="XYXY",
+                canvas_size=(height, width),
+            ),
+            "labels": torch.from_numpy(record.labels[real]),
+        }
+        if "masks" in self.provides:
+            item["mask"] = tv_tensors.Mask(torch.from_numpy(self.pixel_classes(record)))
+        if train:
+            item = v2.Compose(self._augmentations())(item)
+        height, width = item["image"].shape[-2:]
+        factor = self._size / max(height, width)
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        item = v2.Resize(size, antialias=True)(item)
+        pixels = item["image"].float() / 255
+        pixels = (pixels - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+        pad = (0, self._size - size[1], 0, self._size - size[0])
+        boxes, labels = _large_enough(item["boxes"].as_subclass(Tensor), item["labels"])
+        out = {
+            "image": F.pad(pixels.as_subclass(Tensor), pad),
+            "boxes": boxes,
+            "labels": labels,
+            "size": torch.tensor(size),
+        }
+        if "mask" in item:
+            out["mask"] = F.pad(item["mask"].as_subclass(Tensor).long(), pad, value=VOID)
+        return out
+
+    def _augmentations(self) -> list[Any]:
+        from torchvision.transforms import v2
+
+        steps: list[Any] = [v2.RandomPhotometricDistort()] if self.photometric else []
+        steps += [v2.RandomIoUCrop()] if self.crop and "boxes" in self.provides else []
+        steps += [v2.RandomHorizontalFlip(self.flip)] if self.flip else []
+        return steps + [v2.SanitizeBoundingBoxes(min_size=1e-3)] if "boxes" in self.provides else steps
+
+    def pixel_classes(self, record: Record) -> np.ndarray:
+        """Class of every pixel of the file, uint8 [H, W]; crowds are void."""
+        if record.mask is not None:
+            return self.read_mask(record)
+        return paint_segments(record.size, record.segments, record.labels, record.crowd, record.area)
+
+    def read_mask(self, record: Record) -> np.ndarray:
+        """The mask file of a record as places in `mask_labels`."""
+        raise NotImplementedError
+
+    # -- records -----------------------------------------------------------------------------------------
+
+    def original_size(self, split: str, index: int) -> tuple[int, int]:
+        return self._records[split][index].size
+
+    def ground_truth(self, split: str) -> dict[str, Any]:
+        self.setup()
+        records = self._records[split]
+        return coco_dictionary(
+            [r.size for r in records],
+            [r.boxes for r in records],
+            [r.labels for r in records],
+            self.labels,
+            areas=[r.area for r in records],
+            crowds=[r.crowd for r in records],
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Scaled to fit, padded at the right and the bottom."""
+        return {
+            "kind": "scene",
+            "channels": 3,
+            "size": list(self.image_size),
+            "mean": list(MEAN),
+            "std": list(STD),
+        }
+
+    def split_ids(self) -> dict[str, list[str]]:
+        """Paths relative to the root."""
+        self.setup()
+        return {
+            split: [_name(r.path, self.root) for r in records] for split, records in self._records.items()
+        }
+
+    def data_hash(self) -> str:
+        """Hash of names, sizes and annotations; pixels stand for themselves by their file's size."""
+        self.setup()
+        parts: list[Any] = ["1"]
+        for split, records in self._records.items():
+            for r in records:
+                parts += [
+                    f"{split} {_name(r.path, self.root)} {r.path.stat().st_size} {r.size}",
+                    r.boxes,
+                    r.labels,
+                ]
+        return hash_arrays(*parts, *self.labels)
+
+    def compute_baselines(self) -> dict[str, dict[str, float]]:
+        """Constant answers: every class's mean box; the commonest class everywhere."""
+        from data.detection_eval import coco_scores
+
+        scores: dict[str, dict[str, float]] = {}
+        if "boxes" in self.provides:
+            rows = self._constant_boxes()
+            scores["constant_boxes"] = coco_scores(self.ground_truth("test"), rows)
+        if "masks" in self.provides:
+            classes = len(self.mask_labels)
+            train = self._class_counts("train")
+            counts = np.zeros((classes, classes))
+            counts[:, int(train.argmax())] = self._class_counts("test")
+            scores["commonest_class"] = dict(confusion_scores(counts, self.has_background))
+        return scores
+
+    def _class_counts(self, split: str) -> np.ndarray:
+        total = np.zeros(len(self.mask_labels), dtype=np.int64)
+        for record in self._records[split][:500]:
+            classes = self.pixel_classes(record)
+            total += np.bincount(classes[classes != VOID], minlength=len(total))[: len(total)]
+        return total
+
+    def _constant_boxes(self) -> np.ndarray:
+        train = [(r.boxes / np.tile(r.size[::-1], 2), r.labels) for r in self._records["train"]]
+        boxes = np.concatenate([b.reshape(-1, 4) for b, _ in train])
+        labels = np.concatenate([n for _, n in train])
+        rows = [
+            [i, *(boxes[labels == c].mean(0) * np.tile(r.size[::-1], 2)), float((labels == c).mean()), c]
+            for c in np.unique(labels)
+            for i, r in enumerate(self._records["test"])
+        ]
+        return np.array(rows, dtype=float).reshape(-1, 7)
+
+
+class _Batches:
+    """Picklable ``key -> batch`` of one split."""
+
+    def __init__(self, owner: FileScenes, split: str) -> None:
+        self.owner = owner
+        self.split = split
+
+    def __call__(self, key: BatchKey) -> dict[str, Tensor]:
+        return self.owner.batch(self.split, key)
+
+
+def clean_boxes(
+    boxes: np.ndarray, size: tuple[int, int], names: Sequence[str], skipped: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes cut to the image, and which of them have an area; the others are noted in `skipped`.
+
+    Args:
+        boxes: Corners in pixels, [n, 4].
+        size: Height and width of the image.
+        names: What to call each box in `skipped`.
+        skipped: Gets a line per box that is left out.
+    """
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    finite = np.isfinite(boxes).all(1)
+    limit = np.array([size[1], size[0]] * 2, dtype=float)
+    boxes = np.clip(np.nan_to_num(boxes, posinf=0, neginf=0), 0, limit)
+    good = finite & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    for i in np.flatnonzero(~good):
+        skipped[names[i]] = "box without area inside the image" if finite[i] else "box is not a number"
+    return boxes, good
+
+
+def image_size_of(path: Path) -> tuple[int, int]:
+    """Height and width from a file's header.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read image {path}: {error}") from None
+
+
+def _read_image(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read image {path}: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _large_enough(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+    return boxes[keep], labels[keep]
+
+
+def _name(path: Path, root: Path) -> str:
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.name

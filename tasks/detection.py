@@ -1,0 +1,337 @@
+"""Object detection with sets of queries: Hungarian matching, set losses on every decoder layer, COCO AP."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from tasks._matching import Weights, match, set_losses
+from tasks._vision_metrics import CocoScores
+from tasks.base import Batch, ZooTask
+from zoo.errors import ConfigError, unknown
+from zoo.layers.boxes import to_cxcywh, to_xyxy
+
+CLASS_LOSSES = ("focal", "mal")
+
+
+class Detection(ZooTask):
+    """Boxes with classes.
+
+    Args:
+        class_loss: focal, or mal (scores aim at the box's IoU). Models with a no-object class use cross-entropy.
+        class_weight: Factor of the class term in cost and loss.
+        l1_weight: Factor of the L1 term on normalised boxes.
+        delta_weight: The same where boxes are changes relative to references.
+        giou_weight: Factor of the generalised IoU term.
+        many_repeat: Queries per object in one-to-many matching.
+        many_weight: Factor on the losses of the one-to-many group.
+        no_object_weight: Weight of the no-object class in cross-entropy.
+        max_detections: Highest-scoring pairs of query and class kept per image.
+    """
+
+    monitor = "ap"
+    mode = "max"
+    data_kind = "scenes"
+    headline = ("ap", "ap50", "ap75", "ap_agnostic", "ap50_agnostic")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        class_loss: str = "focal",
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        delta_weight: float = 1.0,
+        giou_weight: float = 2.0,
+        many_repeat: int = 6,
+        many_weight: float = 1.0,
+        no_object_weight: float = 0.1,
+        max_detections: int = 100,
+        **common: Any,
+    ) -> None:
+        if class_loss not in CLASS_LOSSES:
+            raise unknown("task.class_loss", class_loss, CLASS_LOSSES)
+        for key, value in (
+            ("class_weight", class_weight),
+            ("l1_weight", l1_weight),
+            ("giou_weight", giou_weight),
+            ("many_weight", many_weight),
+        ):
+            if value < 0:
+                raise ConfigError(f"task.{key}={value} must not be negative")
+        if many_repeat < 1 or max_detections < 1:
+            raise ConfigError("task.many_repeat and task.max_detections must be at least 1")
+        data.require("boxes", "detr")
+        self.__dict__["_truth_of"] = data.ground_truth
+        super().__init__(model, data, **common)
+        self.softmax = bool(getattr(model, "softmax_classes", False))
+        self.delta = getattr(model, "box_form", "sigmoid") == "delta"
+        self.class_loss = "softmax" if self.softmax else class_loss
+        self.weights = Weights(class_weight, delta_weight if self.delta else l1_weight, giou_weight)
+        self.many_repeat, self.many_weight = many_repeat, many_weight
+        self.no_object, self.max_detections = no_object_weight, max_detections
+        self._examples: list[dict[str, Any]] = []
+        self._test_rows: list[Tensor] = []
+        self._original: dict[tuple[str, int], tuple[int, int]] = {}
+
+    @classmethod
+    def model_arguments(cls, data: Any) -> dict[str, Any]:
+        return {
+            "image_size": data.image_size,
+            "in_channels": data.in_channels,
+            "num_classes": data.num_classes,
+            "padded": data.padded,
+        }
+
+    def make_metrics(self) -> MetricCollection:
+        return MetricCollection({"coco": CocoScores()}, compute_groups=False)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        size = batch["size"]
+        out = self.model(batch["image"], size)
+        return detection_losses(
+            out,
+            batch["labels"],
+            relative_boxes(batch["boxes"], size),
+            self.weights,
+            kind=self.class_loss,
+            delta=self.delta,
+            many_repeat=self.many_repeat,
+            many_weight=self.many_weight,
+            no_object=self.no_object,
+            names=batch["index"].tolist(),
+        )
+
+    def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        name = {"valid": "val", "test": "test"}[split]
+        out = self.model(batch["image"], batch["size"])
+        sizes = [self._size(name, i) for i in batch["index"].tolist()]
+        found = decode(
+            out["logits"][-1],
+            out["boxes"][-1],
+            torch.tensor(sizes, device=batch["image"].device),
+            limit=self.max_detections,
+            softmax=self.softmax,
+        )
+        coco = metrics["coco"]
+        coco.ground_truth = partial(self._truth_of, name)
+        coco.update(batch["index"], *zip(*found, strict=True))
+        if split == "test":
+            self._test_rows += [r.cpu() for r in coco.detections[-len(found) :]]
+            self._keep_examples(batch, out)
+
+    def _size(self, split: str, index: int) -> tuple[int, int]:
+        key = (split, index)
+        if key not in self._original:
+            self._original[key] = tuple(self.data.original_size(split, index))
+        return self._original[key]
+
+    def _keep_examples(self, batch: Batch, out: dict[str, Tensor]) -> None:
+        room = 12 - len(self._examples)
+        if room <= 0:
+            return
+        own = decode(out["logits"][-1], out["boxes"][-1], batch["size"], limit=30, softmax=self.softmax)
+        for i in range(min(room, len(own))):
+            real = batch["labels"][i] >= 0
+            boxes, scores, labels = own[i]
+            self._examples.append(
+                {
+                    "image": batch["image"][i].cpu(),
+                    "size": batch["size"][i].cpu(),
+                    "truth": batch["boxes"][i][real].cpu(),
+                    "boxes": boxes.cpu(),
+                    "scores": scores.cpu(),
+                    "labels": labels.cpu(),
+                }
+            )
+
+    def example_inputs(self) -> tuple[tuple, dict]:
+        height, width = self.data.image_size
+        return (torch.zeros(1, self.data.in_channels, height, width),), {}
+
+    def card(self) -> dict[str, Any]:
+        return {"box_form": "corners in pixels of the original image", "max_detections": self.max_detections}
+
+    def figures(self, folder: Path) -> list[Path]:
+        """Boxes beside truth, attention of queries, and AP per class as a table."""
+        from data.detection_eval import per_class_ap
+        from tasks._vision_figures import draw_boxes, draw_query_maps
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "boxes.png"]
+        draw_boxes(written[0], self._examples, self.data)
+        if self._examples and (maps := self._query_maps(self._examples[0])) is not None:
+            written.append(folder / "query_attention.png")
+            draw_query_maps(written[-1], self._examples[0]["image"], *maps, self.data)
+        if self._test_rows:
+            written.append(folder / "classes.csv")
+            rows = torch.cat(self._test_rows).double().numpy()
+            with written[-1].open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(["class", "ap"])
+                writer.writerows(
+                    [name, f"{ap:.4f}"] for name, ap in per_class_ap(self._truth_of("test"), rows).items()
+                )
+        return written
+
+    @torch.no_grad()
+    def _query_maps(self, example: dict[str, Any]) -> tuple | None:
+        """Cross-attention maps of the best queries in the last layer, where the variant has such a map."""
+        decoder = getattr(self.model, "decoder", None)
+        if decoder is None or not decoder[-1].cross.capabilities.has_map:
+            return None
+        seen: dict[str, Any] = {}
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.update(args=args, kwargs=kwargs)
+
+        handle = decoder[-1].cross.register_forward_pre_hook(keep, with_kwargs=True)
+        training = self.model.training
+        try:
+            self.model.eval()
+            out = self.model(example["image"][None].to(self.device), example["size"][None].to(self.device))
+        finally:
+            handle.remove()
+            self.model.train(training)
+        weights = decoder[-1].cross.attention_map(*seen["args"], **seen["kwargs"]).mean(1)[0].cpu()
+        logits, boxes = out["logits"][-1, 0].cpu(), out["boxes"][-1, 0].cpu()
+        scores = logits.softmax(-1)[:, :-1] if self.softmax else logits.sigmoid()
+        score, label = scores.max(-1)
+        best = score.argsort(descending=True)[: max(1, min(5, int((score > 0.3).sum())))]
+        h, w = example["size"].tolist()
+        corners = to_xyxy(boxes[best]) * torch.tensor([w, h, w, h])
+        titles = [f"{self.data.labels[int(label[k])]} {float(score[k]):.2f}" for k in best]
+        return weights[best], tuple(seen["kwargs"]["grid"].shape), corners, titles
+
+
+def relative_boxes(boxes: Tensor, size: Tensor) -> Tensor:
+    """Corners in pixels [B, T, 4] to cxcywh relative to images of `size` [B, 2] (height, width)."""
+    scale = torch.cat((size, size), 1).flip(1)[:, None].to(boxes)
+    return to_cxcywh(boxes / scale)
+
+
+def detection_losses(
+    out: dict[str, Tensor],
+    labels: Tensor,
+    targets: Tensor,
+    weights: Weights,
+    *,
+    kind: str = "focal",
+    delta: bool = False,
+    many_repeat: int = 6,
+    many_weight: float = 1.0,
+    no_object: float = 0.1,
+    names: Sequence[object] | None = None,
+) -> dict[str, Tensor]:
+    """All losses of one forward pass: every decoder layer, the one-to-many group and the proposals.
+
+    Args:
+        out: What the model returned.
+        labels: [B, T], -1 for no object.
+        targets: cxcywh relative to the image, [B, T, 4].
+        weights: Factors of the terms.
+        kind: focal, mal or softmax.
+        delta: L1 is taken between changes relative to the references.
+        many_repeat: Queries per object in the one-to-many group.
+        many_weight: Factor on that group.
+        no_object: Weight of the no-object class with softmax.
+        names: What to call the images in error messages.
+
+    Returns:
+        Terms `class`, `l1`, `giou`, and the same with `many_` and `proposal_`.
+    """
+    count = _mean_over_processes((labels >= 0).sum().to(targets))
+    groups: list[tuple[str, int, float]] = [("", 1, 1.0)]
+    if "many_logits" in out:
+        groups.append(("many_", many_repeat, many_weight))
+    terms: dict[str, Tensor] = {}
+    for prefix, repeat, factor in groups:
+        logits, boxes = out[f"{prefix}logits"], out[f"{prefix}boxes"]
+        references = out[f"{prefix}references"] if delta else None
+        softmax = kind == "softmax"
+        assigned = match(
+            logits,
+            boxes,
+            labels,
+            targets,
+            weights,
+            references=references,
+            softmax=softmax,
+            repeat=repeat,
+            names=names,
+        )
+        parts = set_losses(
+            logits,
+            boxes,
+            labels,
+            targets,
+            assigned,
+            weights,
+            references=references,
+            kind=kind,
+            boxes_total=count * repeat,
+            no_object=no_object,
+        )
+        terms |= {prefix + k: factor * v for k, v in parts.items()}
+    if "proposal_logits" in out:
+        logits, boxes = out["proposal_logits"][None], out["proposal_boxes"][None]
+        references = out["proposal_references"][None] if delta else None
+        binary = labels.clamp(max=0)
+        inside = out["proposal_inside"]
+        assigned = match(
+            logits, boxes, binary, targets, weights, references=references, allowed=inside, names=names
+        )
+        parts = set_losses(
+            logits,
+            boxes,
+            binary,
+            targets,
+            assigned,
+            weights,
+            references=references,
+            kind="focal",
+            boxes_total=count,
+            allowed=inside,
+        )
+        terms |= {f"proposal_{k}": v for k, v in parts.items()}
+    return terms
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """Objects per process, averaged over all, so that sharded training weighs every box alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count.clamp(min=1)
+
+
+def decode(
+    logits: Tensor, boxes: Tensor, size: Tensor, *, limit: int = 100, softmax: bool = False
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The highest-scoring pairs of query and class of each image.
+
+    Args:
+        logits: [B, N, K].
+        boxes: cxcywh relative to the image, [B, N, 4].
+        size: Height and width that the boxes are scaled to, [B, 2].
+        limit: Most detections per image.
+        softmax: The last class means no object.
+
+    Returns:
+        Per image boxes [n, 4] (corners in pixels, clipped to the image), scores [n] and classes [n], best first.
+    """
+    scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
+    classes = scores.shape[-1]
+    best, index = scores.flatten(1).topk(min(limit, scores[0].numel()), dim=1)
+    corners = to_xyxy(boxes).clamp(0, 1) * torch.cat((size, size), 1).flip(1)[:, None].to(boxes)
+    query = index // classes
+    corners = corners.gather(1, query[..., None].expand(-1, -1, 4))
+    return list(zip(corners, best, index % classes, strict=True))

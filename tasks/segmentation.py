@@ -1,0 +1,155 @@
+"""Semantic segmentation: cross-entropy and Dice; data-set level mIoU, Dice and a table per class."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from data.detection_base import VOID, confusion_scores
+from tasks._vision_metrics import SegmentationScores
+from tasks.base import Batch, ZooTask
+from zoo.errors import ConfigError
+
+
+class Segmentation(ZooTask):
+    """One class per pixel.
+
+    Args:
+        dice_weight: Factor on the Dice loss beside the cross-entropy, >= 0.
+        label_smoothing: Share of the target spread over all classes, [0, 1).
+    """
+
+    mode = "max"
+    data_kind = "scenes"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        dice_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        **common: Any,
+    ) -> None:
+        if dice_weight < 0:
+            raise ConfigError(f"task.dice_weight={dice_weight} must not be negative")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
+        data.require("masks", "segmentation")
+        self.classes, self.has_background = len(data.mask_labels), data.has_background
+        super().__init__(model, data, **common)
+        self.dice_weight, self.label_smoothing = dice_weight, label_smoothing
+        self.monitor = "miou_foreground" if self.has_background else "miou"
+        self.headline = [
+            k for k in ("miou_foreground", "miou", "dice", "accuracy") if self.has_background or "_" not in k
+        ]
+        self._counts: Tensor | None = None
+        self._examples: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @classmethod
+    def model_arguments(cls, data: Any) -> dict[str, Any]:
+        return {
+            "image_size": data.image_size,
+            "in_channels": data.in_channels,
+            "num_classes": len(data.mask_labels),
+        }
+
+    def make_metrics(self) -> MetricCollection:
+        return MetricCollection(
+            {
+                "scores": SegmentationScores(
+                    self.classes, has_background=self.has_background, ignore_index=VOID
+                )
+            }
+        )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        return segmentation_losses(
+            self.model(batch["image"]),
+            batch["mask"],
+            dice_weight=self.dice_weight,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        logits = self.model(batch["image"])
+        predicted = logits.argmax(1)
+        metrics.update(predicted, batch["mask"])
+        if split == "test":
+            self._counts = metrics["scores"].counts.clone()
+            room = 8 - len(self._examples)
+            for i in range(min(room, len(predicted))):
+                self._examples.append(
+                    (batch["image"][i].cpu(), batch["mask"][i].cpu(), predicted[i].to(torch.int16).cpu())
+                )
+
+    def example_inputs(self) -> tuple[tuple, dict]:
+        height, width = self.data.image_size
+        return (torch.zeros(1, self.data.in_channels, height, width),), {}
+
+    def card(self) -> dict[str, Any]:
+        return {"labels": self.data.mask_labels}
+
+    def figures(self, folder: Path) -> list[Path]:
+        """Predictions beside truth, and the scores of each class as a table."""
+        from tasks._vision_figures import draw_masks
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "masks.png"]
+        draw_masks(written[0], self._examples, self.data)
+        if self._counts is not None:
+            written.append(folder / "classes.csv")
+            self._write_classes(written[-1])
+        return written
+
+    def _write_classes(self, path: Path) -> None:
+        counts = self._counts.cpu().numpy()
+        scores = confusion_scores(counts, self.has_background, self.data.mask_labels)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "iou", "precision", "recall", "pixels"])
+            for i, name in enumerate(self.data.mask_labels):
+                hit, true, found = counts[i, i], counts[i].sum(), counts[:, i].sum()
+                row = (scores[f"iou_{name}"], hit / found if found else 0.0, hit / true if true else 0.0)
+                writer.writerow([name, *(f"{v:.4f}" for v in row), int(true)])
+
+
+def segmentation_losses(
+    logits: Tensor, target: Tensor, *, dice_weight: float = 1.0, label_smoothing: float = 0.0
+) -> dict[str, Tensor]:
+    """Cross-entropy over the pixels that count, and soft Dice over the classes that occur.
+
+    Args:
+        logits: [B, K, H, W].
+        target: int64 [B, H, W]; VOID (255) pixels carry no loss and no gradient.
+        dice_weight: Factor on the Dice term; 0 leaves it out.
+        label_smoothing: As in the cross-entropy.
+
+    Returns:
+        Terms `cross_entropy` and `dice`; zero when every pixel is void.
+    """
+    keep = target != VOID
+    count = keep.sum().clamp(min=1)
+    total = F.cross_entropy(
+        logits, target, ignore_index=VOID, reduction="sum", label_smoothing=label_smoothing
+    )
+    terms = {"cross_entropy": total / count}
+    if dice_weight:
+        k = logits.shape[1]
+        probability = logits.softmax(1) * keep[:, None]
+        truth = target.masked_fill(~keep, 0)[:, None]
+        inside = probability.gather(1, truth)[:, 0]  # [B, H, W]: share given to the true class
+        flat = truth.flatten()
+        hit = torch.zeros(k, device=logits.device, dtype=logits.dtype).index_add(0, flat, inside.flatten())
+        true = torch.bincount(flat, weights=keep.flatten().to(logits.dtype), minlength=k).to(logits.dtype)
+        score = 2 * hit / (probability.sum((0, 2, 3)) + true).clamp(min=1e-6)
+        present = true > 0
+        dice = ((1 - score) * present).sum() / present.sum().clamp(min=1)
+        terms["dice"] = dice_weight * dice
+    return terms

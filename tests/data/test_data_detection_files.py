@@ -1,0 +1,214 @@
+"""COCO, VOC, YOLO and PNG masks: what is read, what is skipped, what is refused; boxes and masks move together."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scene_standins import coco_folder, write_image
+
+from data import create_data
+from data.base import DataError
+from data.detection_base import VOID
+from data.detection_masks import decode_runs, segment_mask
+from data.sampler import BatchKey
+
+
+def all_records(data):
+    data.setup()
+    return {r.path.name: r for records in data._records.values() for r in records}
+
+
+def key(count=1, epoch=-1):
+    return BatchKey(np.arange(count), epoch, 0)
+
+
+def test_coco_ids_crowds_and_boxes(tmp_path):
+    data = create_data("coco", root=str(coco_folder(tmp_path)), image_size=64)
+    records = all_records(data)
+    assert data.labels == ["apple", "zebra"] and data.preprocessing()["category_ids"] == [3, 90]
+    assert records["0.png"].labels.tolist() == [0] and records["0.png"].boxes.tolist() == [[5, 5, 15, 25]]
+    assert records["1.png"].crowd.tolist() == [True]
+    assert records["2.png"].boxes.tolist() == [
+        [50, 30, 60, 40]
+    ]  # cut to the image; the box without area is gone
+    assert records["3.png"].boxes.shape == (0, 4)
+    assert list(data.skipped) == ["annotations.json: annotation 3"]
+    assert sum(len(data.split_ids()[s]) for s in ("train", "val", "test")) == 4
+    assert (
+        data.pixel_classes(records["0.png"])[10, 7] == 1 and data.pixel_classes(records["0.png"])[0, 0] == 0
+    )
+    assert (data.pixel_classes(records["1.png"])[:, :30] == VOID).all()
+
+
+def test_coco_sample_is_scaled_and_padded(tmp_path):
+    data = create_data("coco", root=str(coco_folder(tmp_path)), image_size=120)
+    record = all_records(data)["0.png"]
+    sample = data.sample(record, train=False)
+    assert sample["image"].shape == (3, 120, 120) and sample["size"].tolist() == [80, 120]
+    assert sample["boxes"].tolist() == [[10, 10, 30, 50]]
+    assert (sample["image"][:, 80:] == 0).all() and (sample["mask"][80:] == VOID).all()
+    assert (sample["mask"][12:48, 12:28] == 1).all()
+    truth = data.ground_truth("train")
+    assert truth["images"][0]["height"] == 40
+
+
+def test_augmentation_moves_boxes_with_masks(tmp_path):
+    data = create_data("coco", root=str(coco_folder(tmp_path)), image_size=60, crop=True, photometric=True)
+    record = all_records(data)["0.png"]
+    moved = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        sample = data.sample(record, train=True)
+        for x1, y1, x2, y2 in sample["boxes"].round().int().tolist():
+            ys, xs = (sample["mask"] == 1).nonzero(as_tuple=True)
+            assert abs(int(xs.min()) - x1) <= 1 and abs(int(xs.max()) + 1 - x2) <= 1
+            assert abs(int(ys.min()) - y1) <= 1 and abs(int(ys.max()) + 1 - y2) <= 1
+            moved += x1 != 5
+    assert moved > 0
+
+
+def test_training_batches_repeat(tmp_path):
+    make = lambda: create_data("coco", root=str(coco_folder(tmp_path)), image_size=48, crop=True)
+    first, again = (d.dataset("train")[key(2, epoch=1)] for d in (make(), make()))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_run_lengths_plain_and_compressed():
+    mask = np.zeros((4, 5), dtype=bool)
+    mask[1:3, 2:4] = True
+    counts = [9, 2, 2, 2, 5]
+    assert (decode_runs(counts, (4, 5)) == mask).all()
+    text = _compress(counts)
+    assert (decode_runs(text, (4, 5)) == mask).all() and (decode_runs(text.encode(), (4, 5)) == mask).all()
+    with pytest.raises(DataError, match="add up to 3"):
+        decode_runs([3], (4, 5))
+    square = segment_mask([[1, 1, 4, 1, 4, 3, 1, 3]], (5, 6))
+    assert square.sum() == 6 and square[1:3, 1:4].all()
+
+
+def _compress(counts):
+    out = ""
+    for i, value in enumerate(counts):
+        value -= counts[i - 2] if i > 2 else 0
+        while True:
+            bits, value = value & 31, value >> 5
+            more = not (value == (-1 if bits & 16 else 0))
+            out += chr(48 + (bits | (32 if more else 0)))
+            if not more:
+                break
+    return out
+
+
+def test_coco_errors_name_the_way_out(tmp_path):
+    with pytest.raises(DataError, match="data.root=FOLDER"):
+        create_data("coco").setup()
+    with pytest.raises(DataError, match="no such folder"):
+        create_data("coco", root=str(tmp_path / "no")).setup()
+    with pytest.raises(DataError, match="data.train=FILE"):
+        create_data("coco", root=str(tmp_path)).setup()
+    bad = {"annotations": [{"id": 7, "image_id": 10, "category_id": 5, "bbox": [0, 0, 1, 1]}]}
+    coco_folder(tmp_path, **bad)
+    with pytest.raises(DataError, match="annotation 7 has category id 5.*3, 90"):
+        create_data("coco", root=str(tmp_path)).setup()
+    coco_folder(tmp_path)
+    (tmp_path / "0.png").unlink()
+    data = create_data("coco", root=str(tmp_path))
+    data.setup()
+    assert any("0.png" in reason for reason in data.skipped.values())
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="cannot read image"):
+        data.sample(all_records(data)["1.png"], train=False)
+    (tmp_path / "annotations.json").write_text("[]")
+    with pytest.raises(DataError, match="not an object"):
+        create_data("coco", root=str(tmp_path)).setup()
+
+
+def voc_folder(root, box=(6, 6, 15, 25)):
+    for i in range(3):
+        write_image(root / "JPEGImages" / f"{i}.jpg", seed=i)
+        xml = "<annotation><filename>%d.jpg</filename><size><width>60</width><height>40</height></size>%s</annotation>"
+        item = "<object><name>cat</name><difficult>%d</difficult><bndbox><xmin>%s</xmin><ymin>%s</ymin><xmax>%s</xmax>"
+        item += "<ymax>%s</ymax></bndbox></object>"
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{i}.xml").write_text(xml % (i, item % (i == 2, *box)))
+    return root
+
+
+def test_voc_counts_from_one(tmp_path):
+    data = create_data("voc", root=str(voc_folder(tmp_path)), image_size=60)
+    records = all_records(data)
+    assert records["0.jpg"].boxes.tolist() == [[5, 5, 15, 25]] and data.labels == ["cat"]
+    assert records["2.jpg"].crowd.tolist() == [True] and records["0.jpg"].crowd.tolist() == [False]
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    for split, stem in (("train", "0"), ("val", "1"), ("test", "2\n9")):
+        (lists / f"{split}.txt").write_text(stem)
+    data = create_data("voc", root=str(tmp_path), image_size=60)
+    assert data.split_ids()["test"] == ["JPEGImages/2.jpg"] and "9" in data.skipped
+    with pytest.raises(DataError, match="'cat' is not among"):
+        create_data("voc", root=str(tmp_path), classes=["dog"]).setup()
+    (tmp_path / "Annotations" / "1.xml").write_text("<annotation><object/></annotation>")
+    with pytest.raises(DataError, match="bndbox"):
+        create_data("voc", root=str(tmp_path)).setup()
+
+
+def test_yolo_lines(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "labels" / "0.txt").write_text("1 0.5 0.5 0.5 0.25\n\n0 0.5 0.5 0 0.1\n")
+    data = create_data("yolo", root=str(tmp_path), image_size=60)
+    records = all_records(data)
+    assert records["0.png"].boxes.tolist() == [[15, 15, 45, 25]] and records["0.png"].labels.tolist() == [1]
+    assert records["1.png"].boxes.shape == (0, 4) and list(data.skipped) == ["0.txt:3"]
+    assert "mask" not in data.dataset("train")[key()]
+    for line, message in (("2 .5 .5 .1 .1", "outside 0 .. 1"), ("cat 1 1", "0.txt:1.*cx cy")):
+        (tmp_path / "labels" / "0.txt").write_text(line)
+        with pytest.raises(DataError, match=message):
+            create_data("yolo", root=str(tmp_path)).setup()
+
+
+def masks_folder(root, values, mode="P"):
+    for i in range(3):
+        write_image(root / "images" / f"{i}.jpg", 6, 8, seed=i)
+        (root / "masks").mkdir(exist_ok=True)
+        mask = Image.fromarray(np.resize(np.array(values, dtype=np.uint8), (6, 8)))
+        if mode == "P":
+            mask = mask.convert("L")
+            mask.putpalette([v for k in range(256) for v in (k, 0, 255 - k)])
+        mask.save(root / "masks" / f"{i}.png")
+    return root
+
+
+def test_png_masks_palette_void_and_mapping(tmp_path):
+    root = str(masks_folder(tmp_path, [0, 1, 2, 255]))
+    data = create_data("png_masks", root=root, image_size=16)
+    batch = data.dataset("train")[key()]
+    assert data.mask_labels == ["background", "class_1", "class_2"]
+    assert batch["size"].tolist() == [[12, 16]] and set(batch["mask"].unique().tolist()) == {0, 1, 2, 255}
+    data = create_data("png_masks", root=root, zero_is_void=True, background=False, classes=["a", "b"])
+    mask = data.pixel_classes(all_records(data)["0.jpg"])
+    assert mask[0, :4].tolist() == [255, 0, 1, 254] or mask[0, :3].tolist() == [255, 0, 1]
+    data = create_data("png_masks", root=root, mapping={1: 0, 2: 1}, background=False)
+    assert data.pixel_classes(all_records(data)["0.jpg"])[0, :4].tolist() == [255, 0, 1, 255]
+    with pytest.raises(DataError, match="0.png holds value 2, but there are 2 classes"):
+        data = create_data("png_masks", root=root, classes=["background", "a"])
+        data.pixel_classes(all_records(data)["0.jpg"])
+    Image.new("RGB", (8, 6)).save(tmp_path / "masks" / "1.png")
+    with pytest.raises(DataError, match="RGB picture"):
+        create_data("png_masks", root=root).setup()
+
+
+def test_an_image_of_one_pixel(tmp_path):
+    coco_folder(tmp_path, images=3)
+    write_image(tmp_path / "0.png", 1, 1)
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["images"][0] |= {"height": 1, "width": 1}
+    content["annotations"] = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [0, 0, 1, 1], "area": 1}]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    data = create_data("coco", root=str(tmp_path), image_size=32)
+    sample = data.sample(all_records(data)["0.png"], train=False)
+    assert sample["size"].tolist() == [32, 32] and sample["boxes"].tolist() == [[0, 0, 32, 32]]

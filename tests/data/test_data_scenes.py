@@ -1,0 +1,146 @@
+"""Scenes: exact boxes and masks, repeatable batches, splits by digit; scores and baselines."""
+
+import numpy as np
+import pytest
+import torch
+from scene_standins import small_scenes
+
+from data import create_data
+from data.base import DataError
+from data.detection_base import confusion_scores
+from data.detection_eval import coco_scores
+from data.sampler import BatchKey
+
+
+@pytest.fixture(scope="module")
+def data():
+    return small_scenes()
+
+
+def test_boxes_are_the_tight_bounds_of_the_visible_masks(data):
+    scenes = data.scenes("test")
+    count = 0
+    for boxes, labels, mask in zip(scenes["boxes"], scenes["labels"], scenes["mask"], strict=True):
+        seen = torch.zeros_like(mask, dtype=torch.bool)
+        for box, label in zip(boxes.int(), labels, strict=True):
+            if label < 0:
+                assert box.sum() == 0
+                continue
+            x1, y1, x2, y2 = box.tolist()
+            inside = mask[y1:y2, x1:x2] == label + 1
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            seen[y1:y2, x1:x2] = True
+            count += 1
+        assert not ((mask > 0) & ~seen).any()
+    assert count > 6
+
+
+def test_a_batch_depends_on_seed_epoch_and_batch_alone(data):
+    key = BatchKey(np.arange(4), 2, 5)
+    first, again = data.batch("train", key), small_scenes().batch("train", key)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["image"], data.batch("train", BatchKey(np.arange(4), 3, 5))["image"])
+    assert not torch.equal(first["image"], small_scenes(seed=1).batch("train", key)["image"])
+    fixed = data.batch("val", BatchKey(np.array([4, 1]), -1, 0))
+    assert torch.equal(fixed["mask"][1], data.scenes("val")["mask"][1])
+    assert torch.equal(
+        fixed["image"], small_scenes(seed=9).batch("val", BatchKey(np.array([4, 1]), -1, 0))["image"]
+    )
+
+
+def test_scenes_show_only_digits_of_their_own_split(data):
+    for split in ("train", "val", "test"):
+        images = data._digits[split][0]
+        assert len(images) == {"train": 40, "val": 20, "test": 20}[split]
+
+
+def test_ground_truth_is_a_coco_dictionary(data):
+    truth = data.ground_truth("test")
+    assert [i["id"] for i in truth["images"]] == list(range(6))
+    scenes = data.scenes("test")
+    assert len(truth["annotations"]) == int((scenes["labels"] >= 0).sum())
+    assert all(a["area"] > 0 and a["bbox"][2] > 0 for a in truth["annotations"])
+
+
+def test_perfect_detections_score_one(data):
+    truth = data.ground_truth("test")
+    rows = [
+        [a["image_id"], a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3], 0.9,
+         a["category_id"]]
+        for a in truth["annotations"]
+    ]  # fmt: skip
+    scores = coco_scores(truth, np.array(rows))
+    assert scores["ap"] == scores["ap50"] == scores["ap_agnostic"] == 1.0
+    wrong = np.array(rows)
+    wrong[:, 6] = (wrong[:, 6] + 1) % 10
+    scores = coco_scores(truth, wrong)
+    assert scores["ap"] < 0.5 and scores["ap_agnostic"] == 1.0
+    assert coco_scores(truth, np.zeros((0, 7)))["ap"] == 0.0
+
+
+def test_ap_equals_pycocotools(data):
+    pytest.importorskip(
+        "pycocotools", reason="pycocotools is not installed; faster-coco-eval alone is needed"
+    )
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = data.ground_truth("test")
+    random = np.random.RandomState(0)
+    rows = []
+    for a in truth["annotations"]:
+        x, y, w, h = np.array(a["bbox"]) + random.normal(0, 2, 4)
+        rows += [[a["image_id"], x, y, x + abs(w), y + abs(h), random.rand(), a["category_id"]]] * (
+            1 + random.randint(2)
+        )
+    truth["annotations"][0]["iscrowd"] = 1
+    ours = coco_scores(truth, np.array(rows), class_agnostic=False)
+    coco = COCO()
+    coco.dataset = {**truth, "info": {}}
+    coco.createIndex()
+    found = [
+        {
+            "image_id": int(r[0]),
+            "bbox": [r[1], r[2], r[3] - r[1], r[4] - r[2]],
+            "score": r[5],
+            "category_id": int(r[6]),
+        }
+        for r in rows
+    ]
+    theirs = COCOeval(coco, coco.loadRes(found), "bbox")
+    theirs.evaluate(), theirs.accumulate(), theirs.summarize()
+    for name, value in zip(("ap", "ap50", "ap75", "ap_small"), theirs.stats[:4], strict=True):
+        assert ours[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_baselines_are_filtered_by_target(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path))
+    one = small_scenes()
+    one.require("boxes", "detr")
+    boxes = one.baselines()
+    assert "constant_boxes" in boxes and "all_background" not in boxes
+    assert 0 <= boxes["components_svm"]["ap50"] <= 1 and "miou" not in boxes["components_svm"]
+    one.require("masks", "segmentation")
+    assert one.baselines()["all_background"]["miou_foreground"] == 0.0
+
+
+def test_confusion_scores_by_hand():
+    counts = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    scores = confusion_scores(counts, True, ["bg", "a", "b"])
+    assert scores["iou_a"] == pytest.approx(3 / 6) and scores["miou"] == pytest.approx((6 / 9 + 0.5) / 2)
+    assert scores["miou_foreground"] == pytest.approx(0.5)
+    assert scores["dice_foreground"] == pytest.approx(2 * 3 / (4 + 5)) and scores["accuracy"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_scale": 2.0}, "max_scale"),
+        ({"image_size": 20}, "image_size"),
+        ({"noise": 2.0}, "noise"),
+        ({"texturee": 1}, "texture"),
+    ],
+)
+def test_bad_options_name_the_way_out(options, message):
+    with pytest.raises(DataError, match=message):
+        create_data("scenes", **options)

@@ -1,0 +1,152 @@
+"""Heads that turn the tokens of a plain vision transformer into one score per class and pixel.
+
+Every head takes `(features, grid, stem)`: token features [B, N, C] of four depths (the last one normalised), rows and
+columns of the tokens, and the stem's maps from fine to coarse; it returns logits [B, K, h, w] at its own resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.attention.slots import AttentionFactory
+from zoo.layers.blocks import TransformerBlock
+from zoo.layers.pyramid import ChannelNorm, ConvUnit, map_of
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resampling of a map [B, C, H, W]; the map itself where the size is right already."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class LinearHead(nn.Module):
+    """One linear map per token (Segmenter's linear decoder): what it scores is the backbone's work alone."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(dim, classes)
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+        return map_of(self.classifier(features[-1]), grid)
+
+
+class MaskTransformerHead(nn.Module):
+    """Class tokens join the patch tokens for some blocks; logits are cosines between both.
+
+    Paper: Segmenter, arXiv:2105.05633. Differs from it in: a learned temperature in front of the norm over classes
+    is left out, as that norm has a gain.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        attention: AttentionFactory,
+        *,
+        num_heads: int,
+        depth: int,
+        mlp_ratio: float,
+        length: int,
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, dim)
+        self.classes = nn.Parameter(torch.randn(1, classes, dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(attention, dim, num_heads, mlp_ratio=mlp_ratio, length=length + classes)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.patch = nn.Linear(dim, dim, bias=False)
+        self.label = nn.Linear(dim, dim, bias=False)
+        self.mask_norm = nn.LayerNorm(classes)
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+        x = self.inner(features[-1])
+        count = self.classes.shape[1]
+        x = torch.cat((x, self.classes.expand(x.shape[0], -1, -1)), 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        patches = F.normalize(self.patch(x[:, :-count]), dim=-1)
+        labels = F.normalize(self.label(x[:, -count:]), dim=-1)
+        return map_of(self.mask_norm(patches @ labels.transpose(1, 2)), grid)
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        return {"classes"}
+
+
+class PyramidPooling(nn.Module):
+    """Averages over 1, 2x2, 3x3 and 6x6 cells beside the map itself. Paper: PSPNet, arXiv:1612.01105."""
+
+    def __init__(self, dim: int, out: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.bins = tuple(bins)
+        self.project = nn.ModuleList(ConvUnit(dim, out, kernel=1) for _ in bins)
+        self.fuse = ConvUnit(dim + out * len(self.bins), out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [
+            resize(project(F.adaptive_avg_pool2d(x, bins)), x.shape[-2:])
+            for bins, project in zip(self.bins, self.project, strict=True)
+        ]
+        return self.fuse(torch.cat((x, *pooled), 1))
+
+
+class UperNetHead(nn.Module):
+    """A feature pyramid over four depths of the transformer and the stem's finer maps.
+
+    Features of four depths are resampled to four, two, one and one half times the tokens' resolution, the coarsest
+    is pooled (PSPNet), and levels are added from coarse to fine. Paper: UPerNet, arXiv:1807.10221.
+    Differs from it in: stem maps join the level of their resolution; levels are convolved at their own resolution
+    and added (as in Panoptic FPN, arXiv:1901.02446) instead of being concatenated at the finest one, where one
+    convolution would cost more than the transformer; no auxiliary head.
+
+    Args:
+        dim: Width of the tokens.
+        classes: Number of logits.
+        width: Channels of the pyramid.
+        stem: Channels of the stem's maps from fine to coarse; the last one has the tokens' resolution.
+    """
+
+    def __init__(self, dim: int, classes: int, *, width: int, stem: Sequence[int]) -> None:
+        super().__init__()
+        self.up4 = nn.Sequential(
+            nn.ConvTranspose2d(dim, width, 2, 2),
+            ChannelNorm(width),
+            nn.GELU(),
+            nn.ConvTranspose2d(width, width, 2, 2),
+        )
+        self.up2 = nn.ConvTranspose2d(dim, width, 2, 2)
+        self.same = nn.Conv2d(dim, width, 1)
+        self.pool = PyramidPooling(dim, width)
+        # Level 0 has four times the resolution of the tokens; stem maps are counted from the tokens' one.
+        self.levels = [2 - (len(stem) - 1 - i) for i in range(len(stem))]
+        self.skip = nn.ModuleList(
+            nn.Conv2d(c, width, 1, bias=False) if 0 <= level < 2 else nn.Identity()
+            for c, level in zip(stem, self.levels, strict=True)
+        )
+        self.smooth = nn.ModuleList(ConvUnit(width, width) for _ in range(3))
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+        maps = [map_of(f, grid) for f in features]
+        coarse = (
+            F.avg_pool2d(maps[3], 2, ceil_mode=True, count_include_pad=False) if min(grid) > 1 else maps[3]
+        )
+        levels = [self.up4(maps[0]), self.up2(maps[1]), self.same(maps[2]), self.pool(coarse)]
+        for skip, level, x in zip(self.skip, self.levels, stem, strict=True):
+            if 0 <= level < 2:
+                levels[level] = levels[level] + resize(skip(x), levels[level].shape[-2:])
+        out = levels[3]
+        total = None
+        for i in (2, 1, 0):
+            out = levels[i] + resize(out, levels[i].shape[-2:])
+            smooth = self.smooth[i](out)
+            total = smooth if total is None else smooth + resize(total, smooth.shape[-2:])
+        return self.classifier(total)

@@ -1,0 +1,174 @@
+"""Semantic segmentation with a plain vision transformer and a choice of heads.
+
+Papers: Segmenter (linear and mask transformer), arXiv:2105.05633; UPerNet, arXiv:1807.10221.
+Differs from them in: a convolutional stem whose maps the pyramid head may use, for small images from scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.attention.base import Attention, Grid, Pattern
+from zoo.attention.slots import AttentionFactory, Slot
+from zoo.errors import ConfigError, unknown
+from zoo.layers.blocks import TransformerBlock
+from zoo.layers.drop import depth_rates
+from zoo.layers.patch import as_pair
+from zoo.layers.position import resample_positions
+from zoo.layers.pyramid import PyramidStem, tokens_of
+from zoo.layers.seg_heads import LinearHead, MaskTransformerHead, UperNetHead, resize
+from zoo.models.registry import register_model
+
+HEADS = ("linear", "mask_transformer", "upernet")
+
+
+@register_model
+class Segmenter(nn.Module):
+    """A convolutional stem, transformer blocks over its last map, a segmentation head.
+
+    Args:
+        attention: Factories for slots "encoder" and, with the mask transformer, "decoder".
+        image_size: Side in pixels, or (height, width), that the position table is made for; other sizes are padded
+            to whole tokens and get a resampled table.
+        in_channels: Channels of the image.
+        num_classes: Number of classes.
+        head: linear, mask_transformer, upernet.
+        patch_size: Pixels per token along each axis, a power of two from 2 on.
+        stem_width: Channels of the stem's first stage; they double up to `dim`.
+        dim: Width C of the tokens.
+        depth: Number of blocks, at least 1.
+        num_heads: Heads; must divide `dim`.
+        mlp_ratio: Hidden width of the MLPs over `dim`.
+        head_width: Channels of the pyramid head.
+        head_depth: Blocks of the mask transformer.
+        position_std: Standard deviation of the position table at the start.
+        drop_path: Rate of the last block; rises linearly from 0.
+        dropout: Dropout after projections and inside MLPs.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        attention: Mapping[str, AttentionFactory],
+        *,
+        image_size: int | tuple[int, int] = 64,
+        in_channels: int = 3,
+        num_classes: int = 11,
+        head: str = "upernet",
+        patch_size: int = 8,
+        stem_width: int = 16,
+        dim: int = 96,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 2.0,
+        head_width: int = 32,
+        head_depth: int = 2,
+        position_std: float = 0.5,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        stages = patch_size.bit_length() - 1
+        if patch_size < 2 or 2**stages != patch_size:
+            raise ConfigError(f"patch_size={patch_size} must be a power of two from 2 on")
+        if head not in HEADS:
+            raise unknown("segmentation head", head, HEADS)
+        if num_classes < 2:
+            raise ConfigError(f"num_classes={num_classes} must be at least 2")
+        self.num_classes, self.in_channels, self.patch_size = num_classes, in_channels, patch_size
+        height, width = as_pair(image_size)
+        self.grid = Grid((-(-height // patch_size), -(-width // patch_size)))
+        widths = [*(min(dim, stem_width << i) for i in range(stages - 1)), dim]
+        self.stem = PyramidStem(in_channels, widths, refine=max(1, stages - 1))
+        self.position_std = position_std
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid.tokens, dim))
+        geometry = {"length": self.grid.tokens, "grid": self.grid}
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                attention["encoder"],
+                dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                drop_path=rate,
+                **geometry,
+            )
+            for rate in depth_rates(drop_path, depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        if head == "linear":
+            self.head: nn.Module = LinearHead(dim, num_classes)
+        elif head == "mask_transformer":
+            self.head = MaskTransformerHead(
+                dim,
+                num_classes,
+                attention["decoder"],
+                num_heads=num_heads,
+                depth=head_depth,
+                mlp_ratio=mlp_ratio,
+                length=self.grid.tokens,
+            )
+        else:
+            self.head = UperNetHead(dim, num_classes, width=head_width, stem=widths)
+        taps = sorted(max(0, -(-depth * k // 4) - 1) for k in (1, 2, 3, 4))
+        self.taps = tuple(taps)
+        self.reset_parameters()
+
+    @classmethod
+    def slots(cls, *, head: str = "upernet", **options: Any) -> dict[str, Slot]:
+        """The blocks over the grid; the mask transformer's blocks over patches and class tokens, a set."""
+        slots = {"encoder": Slot(Pattern.SELF, grid_dims=2, length_known=True)}
+        if head == "mask_transformer":
+            slots["decoder"] = Slot(Pattern.SELF, ordered=False, length_known=True)
+        return slots
+
+    def reset_parameters(self) -> None:
+        """Xavier for projections; a variant's own parameters keep what it gave them."""
+        variants = [m for m in self.modules() if isinstance(m, Attention)]
+        foreign = {id(layer) for variant in variants for layer in variant.modules()}
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and id(layer) not in foreign:
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=self.position_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores of every pixel.
+
+        Args:
+            images: [B, channels, height, width], any size.
+
+        Returns:
+            Logits, [B, num_classes, height, width].
+        """
+        if images.dim() != 4 or images.shape[1] != self.in_channels:
+            raise ConfigError(
+                f"images must be [B, {self.in_channels}, height, width], got {list(images.shape)}; in_channels sets "
+                "the channels"
+            )
+        height, width = images.shape[-2:]
+        p = self.patch_size
+        below, right = -height % p, -width % p
+        if below or right:
+            images = nn.functional.pad(images, (0, right, 0, below))
+        stem = self.stem(images)
+        shape = tuple(stem[-1].shape[-2:])
+        x = tokens_of(stem[-1]) + resample_positions(self.pos_embed, self.grid.shape, shape)
+        grid = Grid(shape)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, grid=grid)
+            outputs.extend([x] * self.taps.count(i))
+        outputs[-1] = self.norm(outputs[-1])
+        logits = self.head(outputs, shape, stem)
+        return resize(logits, (height + below, width + right))[..., :height, :width]
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
