@@ -138,10 +138,12 @@ class TabNSA(nn.Module):
 
     @classmethod
     def slots(cls, *, paper_code: bool = False, **options: object) -> dict[str, Slot]:
-        """One slot: non-causal over a set of columns, or causal in their order as released."""
-        if paper_code:
-            return {"encoder": Slot(Pattern.CAUSAL_SELF, length_known=True)}
-        return {"encoder": Slot(Pattern.SELF, ordered=False, length_known=True)}
+        """One slot over the columns in their pinned order: non-causal, or causal as released.
+
+        The order is part of this model whatever fills the slot: the mixer has weights for each place.
+        """
+        pattern = Pattern.CAUSAL_SELF if paper_code else Pattern.SELF
+        return {"encoder": Slot(pattern, length_known=True)}
 
     def forward(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> Tensor:
         """Numbers [B, Fn], codes [B, Fc], missing bool [B, Fn] -> [B, sum(outputs)]."""
