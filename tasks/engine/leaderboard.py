@@ -111,9 +111,9 @@ def markdown(
     rows: list[dict[str, Any]], failures: list[dict[str, Any]], results: list[dict[str, Any]]
 ) -> str:
     lines = ["# Leaderboard", ""]
-    for task in dict.fromkeys(r["task"] for r in rows):
-        of_task = [r for r in rows if r["task"] == task]
-        runs = [r for r in results if r["task"] == task]
+    for task, data in dict.fromkeys((r["task"], r["data"]) for r in rows):
+        of_task = [r for r in rows if (r["task"], r["data"]) == (task, data)]
+        runs = [r for r in results if (r["task"], r["data"]) == (task, data)]
         metrics = list(runs[0]["test"])
         head = [
             "attention",
@@ -127,7 +127,7 @@ def markdown(
             "samples/s",
             "train s",
         ]
-        lines += [f"## {task}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += [f"## {task} on {data}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for r in of_task:
             cells = [r["attention"], r["model"], r["seeds"], *(_with_interval(r, m) for m in metrics)]
             cells += [f"{r['parameters']:,.0f}", f"{r['flops'] / 1e6:,.2f}"]
@@ -174,8 +174,8 @@ def _with_interval(row: dict[str, Any], metric: str) -> str:
 def _rank(row: dict[str, Any]) -> tuple:
     value = row.get(row["monitor"])
     if value is None:
-        return row["task"], 0.0, row["attention"]
-    return row["task"], -value if higher_is_better(row["monitor"]) else value, row["attention"]
+        return row["task"], row["data"], 0.0, row["attention"]
+    return row["task"], row["data"], -value if higher_is_better(row["monitor"]) else value, row["attention"]
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -30,12 +30,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = list(dict.fromkeys((row["task"], row["data"]) for row in rows))
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained")
     for axes, task in zip(figure.subplots(lines, columns, squeeze=False).flat, tasks, strict=False):
-        of_task = [r for r in rows if r["task"] == task and r.get(r["monitor"]) is not None]
+        of_task = [r for r in rows if (r["task"], r["data"]) == task and r.get(r["monitor"]) is not None]
         metric = of_task[0]["monitor"] if of_task else ""
         points = [(r["flops"] / 1e6, r[metric]) for r in of_task]
         for row, (x, y) in zip(of_task, points, strict=True):
@@ -56,7 +56,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if points and max(x for x, _ in points) > 5 * min(x for x, _ in points) > 0:
             axes.set_xscale("log")
         arrow = "higher is better" if higher_is_better(metric) else "lower is better"
-        axes.set(title=task, xlabel="MFLOPs a sample", ylabel=f"test {metric} ({arrow})")
+        axes.set(title=" on ".join(task), xlabel="MFLOPs a sample", ylabel=f"test {metric} ({arrow})")
         axes.margins(0.15)
     for axes in figure.axes[len(tasks) :]:
         axes.axis("off")

@@ -79,9 +79,9 @@ def page(
     parts.append(
         '<p><label>Show rows with <input id="filter" type="search" placeholder="mala softmax"></label></p>'
     )
-    for task in dict.fromkeys(row["task"] for row in rows):
-        runs = [r for r in results if r["task"] == task]
-        parts.append(_task(task, [r for r in rows if r["task"] == task], runs))
+    for task, data in dict.fromkeys((row["task"], row["data"]) for row in rows):
+        of_table = [[r for r in group if (r["task"], r["data"]) == (task, data)] for group in (rows, results)]
+        parts.append(_task(task, *of_table))
     if figure is not None and figure.exists():
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append("<h2>Quality against cost</h2>")
@@ -134,7 +134,7 @@ def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
     note = f"Ordered by {escape(monitor)}, {direction} is better. Protocol: {escape(str(rows[0]['protocol']))}. Data: {escape(str(rows[0]['data']))}."
     head = "".join(f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads)
     return (
-        f'<h2 id="{escape(task)}">{escape(task)}</h2><p>{note}</p><div class="scroll" tabindex="0"><table class="sortable">'
+        f'<h2>{escape(task)} on {escape(str(rows[0]["data"]))}</h2><p>{note}</p><div class="scroll" tabindex="0"><table class="sortable">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
