@@ -11,119 +11,14 @@ is what `tests/attention/test_contract.py` proves.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from zoo.attention.types import BiasFactors, Capabilities, Cost, Grid, Pattern, State
 from zoo.dropout import FastDropout
 from zoo.errors import CapabilityError, ConfigError
-
-State = dict[str, Any]
-"""What a variant carries while decoding: tensors with the batch first, and plain numbers."""
-
-
-class Pattern(StrEnum):
-    """Who may look at whom. In causal patterns query i sees the keys up to `positions[i]`."""
-
-    SELF = "self"
-    CAUSAL_SELF = "causal_self"
-    CROSS = "cross"
-    CAUSAL_CROSS = "causal_cross"
-
-    @property
-    def causal(self) -> bool:
-        return self in (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS)
-
-    @property
-    def cross(self) -> bool:
-        return self in (Pattern.CROSS, Pattern.CAUSAL_CROSS)
-
-
-class Grid(NamedTuple):
-    """Where tokens lie: `prefix` tokens without a place (class token, registers), then `shape` in row-major order."""
-
-    shape: tuple[int, ...]
-    prefix: int = 0
-
-    @property
-    def tokens(self) -> int:
-        n = self.prefix
-        size = 1
-        for s in self.shape:
-            size *= s
-        return n + size
-
-
-class BiasFactors(NamedTuple):
-    """A low-rank score bias: bias[b, h, n, m] = query[b, h, n] . key[b, h, m].
-
-    `query` is broadcastable to [B, H, N, R], `key` to [B, H, M, R].
-    """
-
-    query: Tensor
-    key: Tensor
-
-    def dense(self) -> Tensor:
-        return self.query @ self.key.transpose(-2, -1)
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a variant defines. The contract tests prove every line.
-
-    Attributes:
-        patterns: Patterns that the mechanism defines.
-        strict_causal: In causal patterns an output is unchanged by any edit to later tokens. False for rules that
-            only zero the weight of later tokens.
-        key_mask: `key_mask` is honoured.
-        bias: "full" takes any bias (and factors), "factors" low-rank factors and per-key bias, "key" per-key bias
-            [B|1, H|1, 1, M], None none.
-        grid_dims: Numbers of grid axes understood, e.g. (1, 2); empty when the grid is ignored.
-        needs_grid: A grid must be given.
-        fixed_length: `length` must be given and inputs have exactly that many tokens.
-        order_sensitive: The mechanism needs an order of the keys and is refused on sets.
-        smooth: The output is a smooth function of the inputs (no top-k, hash or rounding).
-        double_backward: Second derivatives are right when built with `higher_order=True`.
-        streaming: `init_state` and `step` are defined for causal_self, and cross where that pattern is defined.
-        has_map: `attention_map` returns the implied mixing matrix.
-        signed_map: Entries of that matrix may be negative.
-        has_scores: `scores` returns the scores before normalisation.
-    """
-
-    patterns: frozenset[Pattern]
-    strict_causal: bool = True
-    key_mask: bool = True
-    bias: str | None = None
-    grid_dims: tuple[int, ...] = ()
-    needs_grid: bool = False
-    fixed_length: bool = False
-    order_sensitive: bool = False
-    smooth: bool = True
-    double_backward: bool = True
-    streaming: bool = False
-    has_map: bool = False
-    signed_map: bool = False
-    has_scores: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Analytic cost of one forward pass of one sample.
-
-    Attributes:
-        flops: Floating point operations; a multiply-add counts two.
-        bytes: Bytes read and written by the mixing at 4 bytes a number, projections left out.
-        parameters: Trainable numbers of the module.
-        state_size: Numbers kept per sample to decode the next token after M tokens.
-    """
-
-    flops: float
-    bytes: float
-    parameters: int
-    state_size: int
 
 
 class Attention(nn.Module):
@@ -366,7 +261,10 @@ class Attention(nn.Module):
         """One token [B, 1, C] in, its output [B, 1, C] and the next state out. Equals the parallel form."""
         self._check_streaming()
         if self.pattern is Pattern.CROSS:
-            q = split_heads(self.q(x_t), self.num_heads)
+            # Through `project`, which variants override (query norms, activations); no key is projected again.
+            keys = x_t.new_zeros(x_t.shape[0], 0, self.k.in_features)
+            values = x_t.new_zeros(x_t.shape[0], 0, self.v.in_features)
+            q, _, _ = self.project(x_t, keys, values)
             heads = self.attend(q, state["k"], state["v"], key_mask=state["key_mask"])
             return self.output(heads, x_t), state
         q, k_t, v_t = self.project(x_t, x_t, x_t)
@@ -403,7 +301,7 @@ class Attention(nn.Module):
                 f"attention {self.name!r} does not define pattern {self.pattern.value!r} "
                 f"(it defines {', '.join(sorted(can.patterns))}); variants that do: {able}"
             )
-        if not self.ordered and can.order_sensitive:
+        if not self.ordered and can.needs_order(self.pattern):
             able = ", ".join(list_attention(pattern=self.pattern, order_sensitive=False))
             raise CapabilityError(
                 f"attention {self.name!r} depends on the order of its tokens, which this slot's tokens do not have; "
@@ -553,3 +451,18 @@ def _takes_bias(name: str, kind: str) -> bool:
 
 def _with_defaults(call: dict[str, Any]) -> dict[str, Any]:
     return {key: call.get(key) for key in ("key_mask", "bias", "grid", "positions")}
+
+
+__all__ = [
+    "Attention",
+    "BiasFactors",
+    "Capabilities",
+    "Cost",
+    "Grid",
+    "Pattern",
+    "State",
+    "merge_heads",
+    "reorder_state",
+    "split_heads",
+    "visible_keys",
+]

@@ -17,7 +17,7 @@ from typing import Any
 from zoo.attention.base import Attention, Capabilities, Pattern
 from zoo.errors import ConfigError, unknown
 
-_NOT_VARIANTS = {"base", "registry", "slots", "__init__"}
+_NOT_VARIANTS = {"base", "registry", "slots", "types", "__init__"}
 _ENTRY_POINTS = "attention_zoo.attention"
 _registered: dict[str, type[Attention]] = {}
 
