@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
@@ -31,7 +31,7 @@ class SpeechToText(ZooTask):
         ctc_start: Share of the training during which the encoder learns by CTC alone, [0, 1): attention needs an encoder that
             hears something, and steps without the decoder are cheaper.
         label_smoothing: Of the decoder's targets, [0, 1).
-        beam: Hypotheses kept when decoding the test set; 1 is greedy.
+        beam: Hypotheses kept in a second decoding of the test set with CTC fusion, reported as `cer_beam`; 1 leaves it out.
         decode_ctc_weight: Share of CTC scores in beam search, [0, 1].
         length_penalty: Exponent of the length normalisation in beam search.
         statistics_utterances: Training utterances from which a model with normalise=global takes its statistics.
@@ -76,6 +76,7 @@ class SpeechToText(ZooTask):
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0
         self.ctc_start = ctc_start if self.has_decoder and ctc_weight else 0.0
         self.label_smoothing, self.beam = label_smoothing, beam
+        self.beam_metrics = nn.ModuleDict({"cer_beam": CharErrorRate(), "wer_beam": WordErrorRate()})
         self.decode_ctc_weight, self.length_penalty = decode_ctc_weight, length_penalty
         self.analysis_utterances = analysis_utterances
         self.decode = data.tokeniser.decode
@@ -181,7 +182,7 @@ class SpeechToText(ZooTask):
         hypotheses = by_ctc
         truncated = torch.zeros(len(memory))
         if self.has_decoder and not self._decoder_waits(split):
-            found = self.search(memory, lengths, split)
+            found = greedy(self.model, memory, lengths)
             hypotheses = [self.decode(t) for t in found.tokens]
             truncated = found.truncated.float()
         if self.has_decoder:
@@ -197,6 +198,8 @@ class SpeechToText(ZooTask):
             self._speed["encoder"] += encoded - began
             self._speed["decoder"] += ended - encoded
             self.examples += list(zip(references, hypotheses, by_ctc, strict=True))
+            if self.beam > 1 and self.has_decoder:
+                self._search_beam(memory, lengths, references)
 
     def _decoder_waits(self, split: str) -> bool:
         """In a validation before the decoder starts to learn, CTC answers for it."""
@@ -204,18 +207,19 @@ class SpeechToText(ZooTask):
             return False
         return self.global_step < self.ctc_start * int(self.trainer.estimated_stepping_batches)
 
-    def search(self, memory: Tensor, lengths: Tensor, split: str) -> Any:
-        """Decode with the decoder: greedily, or with the beam on the test split."""
-        if split == "test" and self.beam > 1:
-            return beam_search(
-                self.model,
-                memory,
-                lengths,
-                beam=self.beam,
-                ctc_weight=self.decode_ctc_weight,
-                length_penalty=self.length_penalty,
-            )
-        return greedy(self.model, memory, lengths)
+    def _search_beam(self, memory: Tensor, lengths: Tensor, references: list[str]) -> None:
+        """Decode by beam search with CTC fusion, beside greedy decoding: `cer_beam` and `wer_beam`."""
+        found = beam_search(
+            self.model,
+            memory,
+            lengths,
+            beam=self.beam,
+            ctc_weight=self.decode_ctc_weight,
+            length_penalty=self.length_penalty,
+        )
+        texts = [self.decode(t) for t in found.tokens]
+        for metric in self.beam_metrics.values():
+            metric.update(texts, references)
 
     def _loss(self, batch: Batch, memory: Tensor, lengths: Tensor, ctc_logits: Tensor) -> Tensor:
         inputs, targets = with_ends(batch["tokens"], batch["token_length"])
@@ -232,6 +236,8 @@ class SpeechToText(ZooTask):
             if self.has_decoder:
                 values["rtfx_decoder"] = s["audio"] / s["decoder"]
         if split == "test":
+            if self.beam > 1 and self.has_decoder:
+                values |= {name: float(metric.compute()) for name, metric in self.beam_metrics.items()}
             values |= self._further_tests()
         return values
 
@@ -257,6 +263,13 @@ class SpeechToText(ZooTask):
         samples = 4 * self.data.sample_rate
         tokens = torch.full((1, 40), EOS + 1) if self.has_decoder else None
         return (torch.zeros(1, samples), torch.tensor([samples]), tokens), {}
+
+    def state_size(self) -> int:
+        """Numbers kept for one utterance of `example_inputs` to decode its next token: both attentions of each block."""
+        (_, samples, tokens), _ = self.example_inputs()
+        places = int(self.model.stem.lengths(self.model.front.frames(samples)))
+        count = 0 if tokens is None else tokens.shape[1]
+        return sum(b.attn.state_size(count) + b.cross.state_size(places) for b in self.model.decoder)
 
     def figures(self, folder: Path) -> list[Path]:
         """Log-mel picture, CTC posteriors and cross-attention of a test sentence; transcripts."""

@@ -254,3 +254,37 @@ def test_spec_augment_stays_inside_the_utterance():
         assert int((y == 0).all(1).sum(-1).max()) <= 5
     assert hidden_rows > 0
     assert layer.eval()(x, lengths) is x
+
+
+def test_cross_attention_maps():
+    """One map a block, rows of one sentence summing to 1 over its valid places and blind to the padding."""
+    from zoo.decoding.align import aggregate_maps, align_attention, cross_attention_maps
+
+    model = make()
+    memory, count = model.encode(*sound(2400, 1300))
+    maps = cross_attention_maps(model, torch.randint(3, 15, (2, 5)), memory, count)
+    assert maps.shape == (2, 2, 2, 5, memory.shape[1])
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 2, 5))
+    assert float(maps[:, 1, :, :, int(count[1]) :].abs().max()) == 0
+    torch.testing.assert_close(aggregate_maps(maps, count).sum(-1), torch.ones(2, 5))
+    spans = align_attention(model, memory[:1], [4, 5, 6])
+    assert len(spans) == 3 and [a for a, _ in spans] == sorted(a for a, _ in spans)
+    assert all(0 <= a <= b < memory.shape[1] for a, b in spans)
+
+
+def test_occlusion_of_nothing_is_nothing():
+    """Hiding a stretch that is zero already changes no prediction; hiding another does."""
+    from zoo.decoding.align import occlusion_saliency
+
+    model = make()
+    features, _ = model.front(*sound(2400))
+    features[:, 8:16] = 0
+    saliency = occlusion_saliency(model, [4, 5, 6], features=features, width=2)
+    assert saliency.shape == (3, model.stem.lengths(torch.tensor(features.shape[1])))
+    assert float(saliency[:, 2:4].abs().max()) < 1e-6 < float(saliency[:, :2].abs().max())
+    memory, _ = model.encode_features(features, torch.tensor([features.shape[1]]))
+    memory[:, 4:6] = 0
+    saliency = occlusion_saliency(model, [4, 5], memory=memory, width=2)
+    assert float(saliency[:, 4:6].abs().max()) < 1e-6 < float(saliency[:, :4].abs().max())
+    with pytest.raises(ConfigError, match="one of the two"):
+        occlusion_saliency(model, [4])

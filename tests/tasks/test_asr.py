@@ -129,6 +129,30 @@ def test_metrics_are_corpus_level(tones):
     assert results[0]["wer"] == pytest.approx(error_rates(hypotheses, references)["wer"], abs=1e-6)
 
 
+def test_beam_and_analysis_are_reported(tones):
+    """Beam search adds its own rates beside greedy ones; timestamps and attention analysis come with the test."""
+    task = make(tones, task_options={"beam": 2, "analysis_utterances": 3}).eval()
+    with torch.no_grad():
+        for batch in tones.test_dataloader():
+            task.test_step(batch, 0)
+    scores = task.compute_metrics("test")
+    assert {"cer", "wer", "cer_ctc", "cer_beam", "wer_beam", "rtfx", "rtfx_decoder"} <= set(scores)
+    assert {"timestamp_ctc_ms", "timestamp_dtw_ms", "xattn_memory_r", "xattn_input_r"} <= set(scores)
+    assert -1 <= scores["xattn_memory_r"] <= 1
+
+
+def test_figures(tones, tmp_path):
+    """Transcripts, alignment and padding figures are drawn."""
+    task = make(tones).eval()
+    with torch.no_grad():
+        for batch in tones.test_dataloader():
+            task.test_step(batch, 0)
+    task.compute_metrics("test")
+    files = task.figures(tmp_path / "figures")
+    assert {f.name for f in files} == {"transcripts.txt", "alignment.png", "padding.png"}
+    assert all(f.stat().st_size > 500 for f in files)
+
+
 def test_batch_sizes_against_a_memory_limit():
     """Each bucket gets the largest batch that fits, within 5 %; shorter buckets get larger ones."""
     from tasks.asr_batches import search_batch_sizes, step_memory_mib
@@ -226,3 +250,49 @@ def test_cuts_are_quiet_and_complete():
     for _, end in bounds[:-1]:
         assert np.abs(wave[end - 100 : end + 100]).max() == 0
     assert quiet_cuts(wave[:50], 8000, 10_000) == [(0, 50)]
+
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("name", ["aed", "aed_shallow", "firered_aed", "ctc"])
+def test_model_yaml_equals_the_signature(name):
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    from zoo.models.registry import model_options
+
+    stored = OmegaConf.to_container(OmegaConf.load(Path(f"conf/model/{name}.yaml")))
+    assert stored.pop("name") == name
+    assert stored == model_options(name)
+
+
+@pytest.mark.parametrize("name", ["espeak", "tones", "librispeech", "speech_manifest", "asterisk"])
+def test_data_yaml_equals_the_signature(name):
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    from data import data_options
+
+    stored = OmegaConf.to_container(OmegaConf.load(Path(f"conf/data/{name}.yaml")))
+    assert stored.pop("name") == name
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in data_options(name).items()}
+    assert stored == plain
+
+
+@pytest.mark.parametrize("choice", [["task=asr"], ["experiment=asr_long"], ["experiment=asr_real"]])
+def test_configurations_compose(choice):
+    from pathlib import Path
+
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(Path("conf").resolve()), version_base="1.3"):
+        cfg = compose("config", choice)
+    from data import data_options
+    from tasks.registry import options_of
+
+    assert cfg.task.kind == "asr"
+    assert set(cfg.task) - {"name", "kind"} <= set(options_of(SpeechToText))
+    assert set(cfg.data) - {"name"} <= set(data_options(cfg.data.name))
