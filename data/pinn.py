@@ -76,7 +76,7 @@ class PinnData(ZooData):
         physics: dict[str, Any] | None = None,
         interior: int = 1024,
         border: int = 200,
-        valid_points: int = 2000,
+        valid_points: int = 4000,
         sampling: str = "sobol",
         hard_conditions: bool = True,
         steps_per_epoch: int = 250,

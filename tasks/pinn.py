@@ -1,7 +1,8 @@
 """Physics-informed training: residuals by exact derivatives, balanced terms, first-order then quasi-Newton steps.
 
 Optimisation is manual. Phase one (Adam or SOAP, float32) resamples points by residual; phase two (quasi-Newton, float64)
-freezes them, because a changing objective breaks curvature estimates. Validation is the residual loss at held-out points;
+freezes them for rounds of
+iterations, because a changing objective breaks curvature estimates. Validation is the residual loss at held-out points;
 the reference grid is the test and is never looked at before.
 """
 
@@ -61,6 +62,8 @@ class PinnTask(ZooTask):
         first_steps: Steps of phase one; the rest of the run is phase two.
         second: ssbroyden | bfgs | lbfgs | none.
         history: Curvature pairs of lbfgs.
+        round_steps: Phase-two iterations on one frozen set of points; then a new set, curvature kept.
+        second_points: Points of phase two over those of phase one.
         derivatives: auto | taylor | forward_reverse | jvp | reverse.
         chunk: Points whose derivatives are held at once.
         resample_every: Steps between new points in phase one; 0 keeps the first ones.
@@ -93,6 +96,8 @@ class PinnTask(ZooTask):
         first_steps: int = 2000,
         second: str = "ssbroyden",
         history: int = 100,
+        round_steps: int = 100,
+        second_points: int = 2,
         derivatives: str = "auto",
         chunk: int = 512,
         resample_every: int = 100,
@@ -120,6 +125,10 @@ class PinnTask(ZooTask):
         ):
             if value not in choices:
                 raise unknown(f"task.{key}", str(value), choices)
+        if round_steps < 1 or second_points < 1:
+            raise ConfigError(
+                f"task.round_steps={round_steps} and task.second_points={second_points} must be at least 1"
+            )
         if not 0 <= adaptive <= 1 or chunk < 1 or pool < 1 or causal < 0 or slabs < 1 or self_adaptive < 0:
             raise ConfigError(
                 f"need adaptive={adaptive} in [0, 1], chunk={chunk}, pool={pool}, slabs={slabs} >= 1, "
@@ -130,6 +139,7 @@ class PinnTask(ZooTask):
                 f"task.causal needs a time coordinate, which problem {p.name!r} does not have; set it to 0"
             )
         self.first, self.first_steps, self.second, self.history = first, first_steps, second, history
+        self.round_steps, self.second_points = round_steps, second_points
         self.decay, self.decay_steps, self.chunk = decay, decay_steps, chunk
         self.resample_every, self.adaptive, self.pool, self.power, self.floor = (
             resample_every, adaptive, pool, power, floor)  # fmt: skip
@@ -282,12 +292,16 @@ class PinnTask(ZooTask):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         second = self.second != "none" and step >= self.first_steps
         optimizer = optimizers[-1] if second else optimizers[0]
-        if second and self.dtype_now != torch.float64:
-            self._enter_second()
+        if second:
+            if self.dtype_now != torch.float64:
+                self._enter_second()
+            if (step - self.first_steps) % self.round_steps == 0:
+                self._resample(step, self.second_points * self.data.interior)
+                optimizer.optimizer.refresh()
         if not second:
             self._schedule(optimizer, step)
             if self.resample_every and step % self.resample_every == 0:
-                self._resample(step)
+                self._resample(step, self.data.interior)
             if self.balance.due(step):
                 self._rebalance()
         record: dict[str, Tensor] = {}
@@ -323,9 +337,8 @@ class PinnTask(ZooTask):
             group["lr"] = rate * warm
 
     @torch.no_grad()
-    def _resample(self, step: int) -> None:
+    def _resample(self, step: int, count: int) -> None:
         """New points, a share of them where the residual is large (RAD, Wu et al., arXiv:2207.10289)."""
-        count = self.data.interior
         fresh = self.data.draw(count, 1, step).to(self.points.device)
         chosen = int(self.adaptive * count) if step else 0
         if chosen:
@@ -338,8 +351,8 @@ class PinnTask(ZooTask):
             if torch.isfinite(density).all():
                 index = torch.multinomial(density.cpu(), chosen, generator=generator(self.data.seed, 3, step))
                 fresh[:chosen] = pool[index.to(pool.device)]
-        self.points.copy_(fresh)
-        self.point_weights.fill_(1.0)
+        self.points = fresh
+        self.point_weights = torch.ones(count, dtype=torch.float64, device=fresh.device)
 
     def _rebalance(self) -> None:
         losses = torch.stack([sum(p.detach().double() for p in self.parts(t)) for t in self.terms])
@@ -375,6 +388,13 @@ class PinnTask(ZooTask):
         if self.second != "none":
             optimizers.append(QuasiNewton(parameters, self.second, self.history))
         return optimizers
+
+    def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes the number of points from the checkpoint: phase two has more."""
+        for name in ("points", "point_weights"):
+            if name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[name], device=self.points.device))
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if any(

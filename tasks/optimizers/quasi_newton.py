@@ -95,7 +95,7 @@ class QuasiNewton(torch.optim.Optimizer):
         x = self._gather("data")
         if "loss" not in state:
             loss, g = self._evaluate(closure, x)
-            state.update(loss=torch.tensor(loss, dtype=torch.float64), g=g, stalled=0, fresh=True)
+            state.update(loss=torch.tensor(loss, dtype=torch.float64), g=g, stalled=0, fresh="H" not in state)
         loss, g = float(state["loss"]), state["g"]
         if not torch.isfinite(g).all() or loss != loss:
             self.exit_reason = "loss or gradient is not finite at the start"
@@ -103,6 +103,8 @@ class QuasiNewton(torch.optim.Optimizer):
         if float(g.abs().max()) <= self.tolerance_grad:
             self.exit_reason = "tolerance_grad: gradient is zero to tolerance"
             return torch.tensor(loss)
+        if "H" in state and "Hg" not in state:
+            state["Hg"] = state["H"] @ g
         direction = self._direction(state, g)
         slope = float(g.dot(direction))
         if slope >= 0:
@@ -125,7 +127,7 @@ class QuasiNewton(torch.optim.Optimizer):
             return torch.tensor(loss)
         alpha, new_loss, new_g = found
         self._set(x + alpha * direction)
-        self._learn(state, alpha * direction, new_g - g, g, alpha)
+        self._learn(state, alpha * direction, new_g, g, alpha)
         gain = (loss - new_loss) / max(abs(loss), 1e-300)
         state["stalled"] = int(state["stalled"]) + 1 if gain < self.tolerance_change else 0
         if state["stalled"] >= self.patience:
@@ -135,20 +137,22 @@ class QuasiNewton(torch.optim.Optimizer):
         state["loss"], state["g"] = torch.tensor(new_loss, dtype=torch.float64), new_g
         return torch.tensor(new_loss)
 
-    def restart(self) -> None:
-        """Forget curvature and loss, after the objective has changed."""
-        self.state.clear()
+    def refresh(self) -> None:
+        """Go on with a slightly changed objective (new points): a dense matrix is kept, single pairs are not."""
+        state = self.state[self._params[0]]
+        for key in ("loss", "g", "Hg", "s", "y"):
+            state.pop(key, None)
         self.exit_reason = None
 
     @staticmethod
     def _forget(state: dict[str, Any]) -> None:
-        for key in ("H", "s", "y"):
+        for key in ("H", "Hg", "s", "y"):
             state.pop(key, None)
         state["fresh"] = True
 
     def _direction(self, state: dict[str, Any], g: Tensor) -> Tensor:
         if "H" in state:
-            return -(state["H"] @ g)
+            return -state["Hg"]
         if "s" not in state:
             return -g
         q, used = g.clone(), []
@@ -162,9 +166,11 @@ class QuasiNewton(torch.optim.Optimizer):
             q.add_(s, alpha=a - float(y.dot(q) / y.dot(s)))
         return -q
 
-    def _learn(self, state: dict[str, Any], s: Tensor, y: Tensor, g: Tensor, alpha: float) -> None:
+    def _learn(self, state: dict[str, Any], s: Tensor, new_g: Tensor, g: Tensor, alpha: float) -> None:
+        y = new_g - g
         ys = float(y.dot(s))
         if ys <= 1e-14 * float(s.norm() * y.norm()):
+            state.pop("Hg", None)
             return
         state["fresh"] = False
         if self.method == "lbfgs":
@@ -172,22 +178,25 @@ class QuasiNewton(torch.optim.Optimizer):
             state["y"] = [*state.get("y", []), y][-self.history :]
             return
         if "H" not in state:
-            state["H"] = torch.eye(len(s), dtype=s.dtype, device=s.device).mul_(ys / float(y.dot(y)))
-            hy = y * (ys / float(y.dot(y)))
-            tau, phi = 1.0, 1.0
+            scale = ys / float(y.dot(y))
+            state["H"] = torch.eye(len(s), dtype=s.dtype, device=s.device).mul_(scale)
+            state["Hg"], new_hg, tau, phi = g * scale, new_g * scale, 1.0, 1.0
         else:
-            hy = state["H"] @ y
-            tau, phi = self._scaling(float(y.dot(hy)), ys, -alpha * float(s.dot(g)), len(s))
+            new_hg, tau = state["H"] @ new_g, None
+        hy = new_hg - state["Hg"]
         yhy = float(y.dot(hy))
-        H = state["H"]
-        # H <- (H - hy hy^T / yhy + phi yhy v v^T) / tau + s s^T / ys with v = s / ys - hy / yhy.
-        H.addr_(hy, hy, alpha=-1.0 / yhy)
-        v = s / ys - hy / yhy
-        if phi:
-            H.addr_(v, v, alpha=phi * yhy)
-        if tau != 1.0:
-            H.div_(tau)
-        H.addr_(s, s, alpha=1.0 / ys)
+        if tau is None:
+            tau, phi = self._scaling(yhy, ys, -alpha * float(s.dot(g)), len(s))
+        # H <- (H - hy hy^T / yhy + phi yhy v v^T) / tau + s s^T / ys with v = s / ys - hy / yhy: one pass of rank two.
+        cross = -phi / (ys * tau)
+        core = torch.tensor(
+            [[(phi - 1.0) / (yhy * tau), cross], [cross, phi * yhy / (ys * ys * tau) + 1.0 / ys]],
+            dtype=s.dtype,
+            device=s.device,
+        )
+        both = torch.stack((hy, s), 1)
+        torch.addmm(state["H"], both @ core, both.T, beta=1.0 / tau, out=state["H"])
+        state["Hg"] = new_hg / tau + both @ (core @ (both.T @ new_g))
 
     def _scaling(self, yhy: float, ys: float, sbs: float, n: int) -> tuple[float, float]:
         """Scaling tau and Broyden parameter phi of the inverse update."""
