@@ -1,4 +1,4 @@
-"""Products of queries and keys with a decay per channel between them."""
+"""Pieces of chunked scans: products with a decay per channel between two tokens, and the running state over chunks."""
 
 import torch
 from torch import Tensor
@@ -36,3 +36,16 @@ def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tens
         out = torch.cat((top, torch.cat((left_below, pairs[..., 1, :, :]), -1)), -2)
         base *= 2
     return out.squeeze(-3)
+
+
+def running_states(gate: Tensor | None, states: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``S_{c+1} = gate_c S_c + states_c`` over axis 2: the states before each chunk, stacked, and the last one."""
+    state = torch.zeros_like(states[:, :, 0]) if initial is None else initial
+    if gate is None:
+        ends = torch.cat((state[:, :, None], states), 2).cumsum(2)
+        return ends[:, :, :-1], ends[:, :, -1]
+    past = []
+    for g, s in zip(gate.unbind(2), states.unbind(2), strict=True):
+        past.append(state)
+        state = torch.addcmul(s, g, state)
+    return torch.stack(past, 2), state

@@ -7,7 +7,7 @@ are stacked, never written into slices of one tensor (autograd would copy the wh
 import torch
 from torch import Tensor
 
-from kernels._common.gates import gated_products
+from kernels._common.gates import gated_products, running_states
 from kernels._common.prefix import chunked
 
 CHUNK = 64
@@ -105,16 +105,3 @@ def _vector(q, k, v, log_g, read, initial, chunk):
     past, last = running_states(total.exp().mT, states, initial)
     o = weights @ vc + (qc * cum.exp()) @ past
     return o.flatten(2, 3)[:, :, :length], last
-
-
-def running_states(gate: Tensor | None, states: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``S_{c+1} = gate_c S_c + states_c`` over axis 2: the states before each chunk, stacked, and the last one."""
-    state = torch.zeros_like(states[:, :, 0]) if initial is None else initial
-    if gate is None:
-        ends = torch.cat((state[:, :, None], states), 2).cumsum(2)
-        return ends[:, :, :-1], ends[:, :, -1]
-    past = []
-    for g, s in zip(gate.unbind(2), states.unbind(2), strict=True):
-        past.append(state)
-        state = torch.addcmul(s, g, state)
-    return torch.stack(past, 2), state

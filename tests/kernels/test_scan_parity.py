@@ -1,0 +1,70 @@
+"""Scans against the naive references of fla-core (Songlin Yang, Yu Zhang et al.), a development dependency.
+
+Its files are loaded one by one: importing the package needs a GPU. Tensors there are [B, T, H, D]; queries are scaled inside.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.decay import decay_scan
+from kernels.delta import delta_scan
+
+if importlib.util.find_spec("fla") is None:
+    pytest.skip("fla-core is not installed (pip install --no-deps fla-core)", allow_module_level=True)
+
+
+def naive(op, name):
+    root = Path(importlib.util.find_spec("fla").origin).parent
+    spec = importlib.util.spec_from_file_location(f"_fla_{op}", root / "ops" / op / "naive.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def make(n=33, d=6, e=5):
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, c, generator=gen) for c in (d, d, e))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    beta = torch.rand(2, 3, n, generator=gen)
+    vector = -torch.rand(2, 3, n, d, generator=gen)
+    return q, k, v, beta, vector
+
+
+def t(x):
+    return x.transpose(1, 2)
+
+
+def near(have, want):
+    torch.testing.assert_close(have, want.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_gla(kind):
+    q, k, v, _, g = make()
+    g = g[..., 0] if kind == "scalar" else g
+    wide = g if kind == "vector" else g[..., None].expand_as(k)
+    want = naive("gla", "naive_recurrent_gla")(t(q), t(k), t(v), t(wide))[0]
+    near(decay_scan(q * 6**-0.5, k, v, log_g=g), t(want))
+
+
+def test_delta_rule():
+    q, k, v, beta, _ = make()
+    want = naive("delta_rule", "delta_rule_recurrence")(q, k, v, beta)[0]
+    near(delta_scan(q * 6**-0.5, k, v, beta), want)
+
+
+def test_gated_delta_rule():
+    q, k, v, beta, g = make()
+    want = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")(
+        t(q), t(k), t(v), beta=t(beta), g=t(g[..., 0])
+    )[0]
+    near(delta_scan(q * 6**-0.5, k, v, beta, log_g=g[..., 0]), t(want))
+
+
+def test_kda():
+    q, k, v, beta, g = make()
+    want = naive("kda", "naive_recurrent_kda")(t(q), t(k), t(v), t(g), t(beta))[0]
+    near(delta_scan(q * 6**-0.5, k, v, beta, log_g=g), t(want))
