@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import zoo.layers.jet_functions
 import zoo.layers.jet_shapes  # noqa: F401  registers the rules
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError, unknown

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, unknown
 from zoo.layers.ansatz import get_ansatz
-from zoo.layers.jet_tensor import Jet, wave
+from zoo.layers.jet_functions import wave
+from zoo.layers.jet_tensor import Jet
 
 
 class Wavelet(nn.Module):
