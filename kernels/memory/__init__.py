@@ -96,9 +96,8 @@ def memory_scan(
     work = work_dtype(v.dtype)
     weights = tuple(w.to(work).expand(q.shape[0], *w.shape) for w in weights)
     gain = None if gain is None else gain.to(work)
-    # How many learned tokens each query has behind it, [B, N].
+    # How many learned tokens each query has behind it in scan order, [B, N]; reversed queries are flipped below.
     place, _ = query_key_positions(op, positions, q.shape[0], n, m, q.device)
-    place = place.flip(1) if reverse else place
     seen = inputs.learned(place if read == "inclusive" or positions is not None else place - 1)
     q = q.to(work)
     q = q.flip(2) if reverse else q

@@ -34,7 +34,9 @@ def test_ragged_sizes(name, pattern):
         assert y.shape == (2, n, 24) and y.dtype == torch.float32 and y.isfinite().all()
         y.square().sum().backward()
         for tensor in arguments:
-            assert tensor.grad.isfinite().all()
+            # A rule whose weights do not depend on the queries leaves their input without a gradient.
+            assert tensor.grad is None or tensor.grad.isfinite().all()
+        assert arguments[-1].grad is not None
         cost = module.cost(n, m)
         assert cost.flops > 0 and cost.parameters == sum(p.numel() for p in module.parameters())
         assert cost.state_size >= 0 and module.auxiliary_loss().isfinite()
@@ -133,7 +135,7 @@ def test_positions_say_what_is_visible(name, pattern):
 def test_order(name, pattern):
     can = get_attention(name).capabilities
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
-    if can.order_sensitive:
+    if can.needs_order(pattern):
         with pytest.raises(CapabilityError, match="allow_order"):
             build(name, pattern, ordered=False)
         if not pattern.causal:

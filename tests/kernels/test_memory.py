@@ -66,6 +66,16 @@ def test_reading_at_positions(kind):
     compare(kind, 3, 6, chunk=2)
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_reverse_is_flip_run_flip_and_exclusive_reads_one_token_earlier(kind):
+    args, _ = make(kind, 7)
+    flipped = {n: t if n in ("weights", "gain") else t.flip(2) for n, t in args.items()}
+    have = memory_scan(**args, chunk=3, reverse=True)
+    torch.testing.assert_close(have, memory_scan(**flipped, chunk=3).flip(2))
+    before = memory_scan(**args, chunk=3, positions=torch.arange(7) - 1)
+    torch.testing.assert_close(memory_scan(**args, chunk=3, read="exclusive"), before)
+
+
 def test_without_momentum_and_decay():
     args, _ = make("mlp", 6)
     args |= {"log_keep": None, "log_momentum": None}

@@ -74,7 +74,7 @@ def misfit(name: str, slot: Slot, allow_order: bool = False) -> str | None:
         return "takes no key mask"
     if _BIAS_ORDER.index(slot.bias) > _BIAS_ORDER.index(can.bias):
         return f"takes no {slot.bias} bias"
-    if not slot.ordered and can.order_sensitive and not allow_order:
+    if not slot.ordered and can.needs_order(slot.pattern) and not allow_order:
         return "depends on the order of its tokens, which these do not have (attention.allow_order=true overrides)"
     if can.needs_grid and slot.grid_dims not in can.grid_dims:
         return f"needs a grid of {' or '.join(map(str, can.grid_dims))} axes"
