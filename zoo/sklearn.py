@@ -184,7 +184,8 @@ class _TabularEstimator(BaseEstimator):
                 break
         if kept is not None:
             average.load_state_dict(kept)
-        self.model_, self.n_iter_ = average, len(self.history_)
+        # In double precision a row's prediction is the same to the last printed digit whatever rows come with it.
+        self.model_, self.n_iter_ = average.double(), len(self.history_)
 
     # ---------------------------------------------------------------- predicting
 
@@ -192,6 +193,7 @@ class _TabularEstimator(BaseEstimator):
         check_is_fitted(self)
         arrays = self.preprocessor_.encode(self._table(X, reset=False))
         inputs = [torch.from_numpy(arrays[k]) for k in ("numerical", "categorical", "missing")]
+        inputs[0] = inputs[0].double()
         target = self.preprocessor_.schema.targets[0]
         return readings(_outputs(self.model_, inputs), [target])[0].numpy()
 
@@ -232,7 +234,7 @@ class _TabularEstimator(BaseEstimator):
             "classes": np.asarray(self.classes_).tolist() if hasattr(self, "classes_") else None,
             "history": self.history_,
         }
-        save_weights(path, self.model_, card)
+        save_weights(path, copy.deepcopy(self.model_).float(), card)
 
     @classmethod
     def load(cls, path: str | Path) -> Any:
@@ -249,8 +251,9 @@ class _TabularEstimator(BaseEstimator):
             )
         self = cls(**card["parameters"])
         self.preprocessor_ = Preprocessor.from_dict(card["preprocessing"])
-        self.model_ = self._build().eval()
-        self.model_.load_state_dict(read_tensors(path, card["sha256"]))
+        model = self._build().eval()
+        model.load_state_dict(read_tensors(path, card["sha256"]))
+        self.model_ = model.double()
         self.n_features_in_, self.history_ = card["n_features"], card["history"]
         self.n_iter_ = len(self.history_)
         if card["features"]:
@@ -346,17 +349,20 @@ def _check_pair(estimator: Any, X: Any, y: Any, *, numeric: bool) -> tuple[Any, 
 
 
 def _schema(train: Any, target: Target, categorical: list[str] | None) -> Schema:
+    """Kinds of the inputs; the target's kind is known, so any varying column stands in for it."""
+    names = [c for c in train.columns if c != _TARGET]
     kinds = dict.fromkeys(categorical or (), "categorical")
-    if target.kind == "regression" and train[_TARGET].nunique() < 2:
-        # A constant target is legal for scikit-learn: infer the inputs beside any other column.
-        train = train.assign(**{_TARGET: np.arange(len(train), dtype=float)})
-    try:
-        schema = infer_schema(train, [_TARGET], columns=kinds, target_kinds={_TARGET: target.kind})
-    except DataError as error:
-        if "no input column" not in str(error):
-            raise
-        names = [c for c in train.columns if c != _TARGET]  # nothing but constants: predict the prior
-        schema = Schema(numerical=names, categorical=[], targets=[])
+    schema = None
+    if len(train) > 1:
+        stand_in = train.assign(**{_TARGET: np.arange(len(train), dtype=float)})
+        try:
+            schema = infer_schema(stand_in, [_TARGET], columns=kinds, target_kinds={_TARGET: "regression"})
+        except DataError as error:
+            if "no input column" not in str(error):
+                raise
+    if schema is None:  # nothing varies: the model can only learn the prior
+        numbers = [c for c in names if train[c].dtype.kind in "fiub"]
+        schema = Schema(numerical=numbers, categorical=[c for c in names if c not in numbers], targets=[])
     schema.targets = [target]
     return schema
 

@@ -211,7 +211,8 @@ def test_configurations_compose_with_matching_names(task, attention):
 
 
 @pytest.mark.parametrize(
-    "name", ["adult", "adult_multitask", "california", "diamonds", "table", "multitab_bench", "ihdp"]
+    "name",
+    ["adult", "adult_multitask", "california", "diamonds", "table", "table_stream", "multitab_bench", "ihdp"],
 )
 def test_yaml_equals_the_signature(name):
     from omegaconf import OmegaConf
