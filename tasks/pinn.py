@@ -26,8 +26,8 @@ from tasks.optimizers.quasi_newton import QuasiNewton
 from tasks.optimizers.soap import Soap
 from tasks.physics.balance import Balance
 from zoo.attention.base import Attention
-from zoo.errors import ConfigError, ZooError, unknown
-from zoo.layers.derivatives import METHODS, Derivatives, choose_method, derivatives, multi_index
+from zoo.errors import CapabilityError, ConfigError, ZooError, unknown
+from zoo.layers.derivatives import METHODS, Derivatives, choose_method, derivatives, multi_index, points_mix
 
 log = logging.getLogger("zoo.pinn")
 
@@ -149,6 +149,12 @@ class PinnTask(ZooTask):
             log.warning(
                 "attention %r is not smooth (selection or rounding): its second derivatives miss the jumps",
                 name,
+            )
+        if points_mix(model, data.draw(4, 0).to(self.dtype_now)):
+            names = ", ".join(sorted({repr(m.name) for m in attentive})) or type(model).__name__
+            raise CapabilityError(
+                f"attention {names} mixes collocation points (statistics over the batch), so derivatives at one point would "
+                "silently contain the others; choose a variant that treats points separately, e.g. attention=softmax"
             )
         self.wanted = [multi_index(by, p.coordinates) for by in (*p.derivatives, *p.report_derivatives)]
         self.method = derivatives

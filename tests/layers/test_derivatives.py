@@ -1,12 +1,14 @@
 """Exact derivatives: Taylor jets against nested reverse mode, forward mode and differences, for every model and variant."""
 
+import copy
+
 import pytest
 import torch
 
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
 from zoo.errors import ConfigError
-from zoo.layers.derivatives import Derivatives, choose_method, derivatives, seed_jet
+from zoo.layers.derivatives import Derivatives, choose_method, derivatives, points_mix, seed_jet
 from zoo.layers.jet_tensor import Jet, forward_mode
 from zoo.layers.jets import algebra
 from zoo.models.registry import build_model, model_slots
@@ -101,6 +103,23 @@ def test_points_do_not_mix(name, method):
     for index in before:
         assert torch.equal(before[index][3], after[index][3])
         assert not torch.equal(before[index][7], after[index][7])
+
+
+@pytest.mark.parametrize("attention", usable())
+def test_points_do_not_mix_in_any_variant(attention):
+    """Variants with statistics over the batch do mix; they are noticed, and the task refuses them."""
+    model, points = network(attention=attention).train(), box(9)
+    if points_mix(model, points):
+        assert attention == "affine"
+        return
+    moved = points.clone()
+    moved[7] += 0.3
+    copies = (copy.deepcopy(model), copy.deepcopy(model))  # running statistics may move from call to call
+    before, after = (
+        derivatives(m, p, [(2, 0)], "reverse")[(2, 0)] for m, p in zip(copies, (points, moved), strict=True)
+    )
+    torch.testing.assert_close(before[3], after[3], rtol=1e-9, atol=1e-12)
+    assert not torch.equal(before[7], after[7])
 
 
 def test_pseudo_sequence_derivative_is_the_true_one():
