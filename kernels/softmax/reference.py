@@ -1,7 +1,33 @@
 """Softmax attention written out. B batch, H heads, Hk key heads, N queries, M keys, D, E head sizes."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Skip(NamedTuple):
+    """A tile of scores is dropped where exp(row maximum - running maximum) < threshold / (visible keys) in all of its rows."""
+
+    threshold: float
+    rows: int
+    keys: int
+
+
+@torch.no_grad()
+def skipped(scores: Tensor, visible: Tensor, skip: Skip) -> Tensor:
+    """Entries in dropped tiles, bool [B, H, N, M]. The running maximum includes the tile, so the tile of a row's maximum stays."""
+    n, m = scores.shape[-2:]
+    pad = torch.nn.functional.pad
+    scores = pad(
+        scores.masked_fill(~visible, -torch.inf), (0, -m % skip.keys, 0, -n % skip.rows), value=-torch.inf
+    )
+    tile_max = scores.unflatten(-1, (-1, skip.keys)).amax(-1)  # [B, H, N', tiles]
+    limit = (skip.threshold / visible.sum(-1, keepdim=True).clamp(min=1)).log()
+    low = tile_max - tile_max.cummax(-1).values < pad(limit, (0, 0, 0, -n % skip.rows))
+    low = low | (tile_max == -torch.inf)
+    low = low.unflatten(-2, (-1, skip.rows)).all(-2).repeat_interleave(skip.rows, -2)
+    return low.repeat_interleave(skip.keys, -1)[..., :n, :m]
 
 
 def attention(
@@ -13,6 +39,8 @@ def attention(
     bias: Tensor | None,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    skip: "Skip | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """``O = softmax(scale q k^T + bias) v`` over visible keys and ``lse = log sum_j exp(S_ij)``.
 
@@ -24,6 +52,8 @@ def attention(
         bias: Added to the scaled scores.
         scale: Factor of the scores.
         dropout: Probability of zeroing a weight.
+        softcap: Scores become ``softcap tanh(scores / softcap)`` before the bias.
+        skip: Threshold and tile sizes of BLASST's rule.
 
     Returns:
         [B, H, N, E] and [B, H, N].
@@ -31,11 +61,15 @@ def attention(
     group = q.shape[1] // max(k.shape[1], 1)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = scale * (q @ k.mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     if visible is None:
         visible = torch.ones((), dtype=torch.bool, device=q.device)
     visible = (visible & (scores > -torch.inf)).expand(scores.shape)
+    if skip is not None:
+        visible = visible & ~skipped(scores, visible, skip)
     some = visible.any(-1, keepdim=True)
     # Rows without a key are given harmless scores before and zeros after the softmax: no NaN in value or gradient.
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~some, 0.0)

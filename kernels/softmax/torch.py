@@ -32,6 +32,8 @@ def attention(
     want_lse: bool,
     explicit: bool,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    skip: reference.Skip | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns O [B, H, N, E] and the log-sum-exp [B, H, N] or None.
@@ -46,7 +48,7 @@ def attention(
         # NaN or infinity in a masked value row would survive a weight of zero.
         drop = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
-    explicit = explicit or want_lse
+    explicit = explicit or want_lse or softcap is not None or skip is not None
     if n == 0 or m == 0 or batch == 0:
         return reference.attention(q, k, v, visible=None, bias=None, scale=scale)
     plain = not explicit and bias is None and key_mask is None and dropout == 0.0 and group == 1
@@ -64,13 +66,15 @@ def attention(
     needs_rows = pos_q is not None or (bias is not None and bias.shape[-2] > 1)
     width = batch * heads if explicit or (bias is not None) else batch
     rows = n if not (explicit or needs_rows) else max(1, min(n, block_elements // max(1, width * m)))
-    if aligned and pos_q is not None and (window[0] is not None) and n > 256:
+    if skip is not None and rows < n:  # blocks of whole tiles
+        rows = max(skip.rows, rows // skip.rows * skip.rows)
+    if aligned and pos_q is not None and (window[0] is not None) and n > 256 and skip is None:
         rows = min(rows, max(64, window[0] + (window[1] or 0)))
     outs, lses = [], []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         lo, hi = 0, m
-        if aligned and pos_q is not None:
+        if aligned and pos_q is not None and skip is None:
             shift = m - n
             lo = 0 if window[0] is None else min(max(start + shift - window[0], 0), m - 1)
             hi = m if window[1] is None else min(max(stop + shift + window[1], lo + 1), m)
@@ -78,6 +82,8 @@ def attention(
         part = None if bias is None else _block(bias, start, stop, lo, hi)
         call = _explicit if explicit else _sdpa
         args = (q[:, :, start:stop], k[:, :, lo:hi], v[:, :, lo:hi], visible, part, scale, dropout)
+        if explicit:
+            args = (*args, softcap, skip)
         if explicit and rows < n and torch.is_grad_enabled():
             out, lse = checkpoint(call, *args, use_reentrant=False)
         else:
@@ -153,11 +159,21 @@ def _sdpa(
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, scale: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
+    skip: reference.Skip | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
         bias = None if bias is None else bias.float()
-    out, lse = reference.attention(q, k, v, visible=visible, bias=bias, scale=scale, dropout=dropout)
+    out, lse = reference.attention(
+        q, k, v, visible=visible, bias=bias, scale=scale, dropout=dropout, softcap=softcap, skip=skip
+    )
     return out.to(dtype), lse

@@ -170,7 +170,7 @@ def test_matches_an_independent_choice():
     out = module.attend(q, k, v, gates=gates(1, 3, 20))
     for t in (0, 7, 19):
         for g in range(2):
-            p = (q[0, 2 * g : 2 * g + 2, t] @ kc[0, g].T * 6**-0.5).softmax(-1).sum(0)
+            p = (q[0, 2 * g : 2 * g + 2, t] @ kc[0, g].T * 6**-0.5).softmax(-1).sum(0).detach()
             score = [
                 sum(
                     float(p[i]) * max(0, min(2 * i + 4, 4 * j + 4) - max(2 * i, 4 * j)) / 2

@@ -2,20 +2,26 @@
 
 Paper: Attention Is All You Need, arXiv:1706.03762; computed as in FlashAttention-2, arXiv:2307.08691.
 ``o_i = sum_j softmax_j(q_i.k_j / sqrt(D) + b_ij) v_j``. Grouped key/value heads: GQA, arXiv:2305.13245. Query/key
-normalisation: ViT-22B, arXiv:2302.05442, as in timm (LayerNorm over the head width).
-Differs from the papers in: a query that sees no key gives zeros.
+normalisation: ViT-22B, arXiv:2302.05442, as in timm (LayerNorm over the head width). Score cap ``c tanh(s / c)``: Gemma 2,
+arXiv:2408.00118. Sinks, a place for weight that no key should get (studied in arXiv:2410.10781): `off_by_one` adds 1 to the denominator,
+`zero_kv` says the same as a key and value of zeros, `learned` adds exp(b) with one b per head, `token` a learned key and value per head.
+Differs from the papers in: a query that sees no key gives zeros, with a sink too. The map lists the real keys; with a sink its rows
+sum to less than one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
 from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
+
+SINKS = ("none", "token", "off_by_one", "learned", "zero_kv")
 
 
 @register_attention(
@@ -31,6 +37,8 @@ class SoftmaxAttention(Attention):
     Args:
         num_kv_heads: Key/value heads, a divisor of num_heads; None for as many as query heads.
         qk_norm: Normalise queries and keys over the head width (LayerNorm, learned gain and shift).
+        sink: "none", "token", "off_by_one", "learned" or "zero_kv".
+        softcap: Bound of the scaled scores, > 0; None for none.
     """
 
     def __init__(
@@ -40,13 +48,26 @@ class SoftmaxAttention(Attention):
         *,
         num_kv_heads: int | None = None,
         qk_norm: bool = False,
+        sink: str = "none",
+        softcap: float | None = None,
         **common: Any,
     ) -> None:
         if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
             raise ConfigError(
                 f"attention.num_kv_heads={num_kv_heads} must divide the {num_heads} query heads"
             )
+        if sink not in SINKS:
+            raise ConfigError(f"attention.sink={sink!r} is unknown; choose from {', '.join(SINKS)}")
+        if softcap is not None and softcap <= 0:
+            raise ConfigError(f"attention.softcap={softcap} must be positive, or null for none")
         super().__init__(dim, num_heads, kv_heads=num_kv_heads, **common)
+        self.sink, self.softcap = sink, softcap
+        if sink == "learned":
+            self.sink_logit = nn.Parameter(torch.zeros(num_heads))
+        elif sink == "token":
+            self.sink_key = nn.Parameter(torch.empty(num_heads, self.head_dim))
+            self.sink_value = nn.Parameter(torch.zeros(num_heads, self.value_head_dim))
+            nn.init.trunc_normal_(self.sink_key, std=0.02)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
@@ -65,7 +86,7 @@ class SoftmaxAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        return kernel.attention(
+        found = kernel.attention(
             q,
             k,
             v,
@@ -73,8 +94,23 @@ class SoftmaxAttention(Attention):
             bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
             causal=self.causal,
             positions=positions,
+            softcap=self.softcap,
+            return_lse=self.sink != "none",
             higher_order=self.higher_order,
         )
+        if self.sink == "none":
+            return found
+        value = self.sink_value[:, None] if self.sink == "token" else None
+        return kernel.apply_sink(*found, self._sink_logit(q), value)[0]
+
+    def _sink_logit(self, q: Tensor) -> Tensor:
+        """Score of the sink, broadcastable to [B, H, N]."""
+        if self.sink == "learned":
+            return self.sink_logit[:, None]
+        if self.sink == "token":
+            scores = (q @ self.sink_key[..., None])[..., 0] * self.head_dim**-0.5
+            return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+        return q.new_zeros(())
 
     def scores(
         self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
@@ -88,6 +124,8 @@ class SoftmaxAttention(Attention):
     def _scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:
             scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
         return scores
@@ -108,7 +146,12 @@ class SoftmaxAttention(Attention):
             hidden = ~visible_keys(q.shape[2], k.shape[2], positions, q.device)
         if key_mask is not None:
             hidden = hidden | ~key_mask[:, None, None, :]
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        if self.sink != "none":
+            total = scores.logsumexp(-1)
+            weights = weights * (total - self._sink_logit(q)).sigmoid()[..., None]
+        return weights
 
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         cost = kernel.cost(

@@ -1,0 +1,122 @@
+"""BLASST: softmax attention that skips tiles of negligible scores.
+
+Paper: BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXiv:2512.12087. In the loop over key tiles a tile is
+skipped when in every row of the query tile ``max_tile(s) - running_max(s) < ln(lambda)``, with ``lambda = factor / visible keys``; the running
+maximum includes the tile. Skipped entries have weight below lambda, and the row's largest entry stays, so the weight lost by a row is
+below `factor`, and ``|O - O_exact| <= 2 factor max|v|``.
+Differs from the paper in: `factor` counts the visible keys of each row, so that padding equals deletion; causal patterns decide row by
+row (`block_q` 1), since the rows of a tile would otherwise depend on each other's future; the CPU path applies the rule but saves no time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import softmax as kernel
+from kernels.softmax.reference import Skip, skipped
+from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
+from zoo.attention.registry import register_attention
+from zoo.errors import ConfigError
+
+
+@register_attention(
+    patterns={"self", "causal_self", "cross", "causal_cross"},
+    bias="full",
+    smooth=False,
+    streaming=True,
+    has_map=True,
+)
+class BlasstAttention(Attention):
+    """Softmax attention without the tiles that hardly count.
+
+    Args:
+        factor: Most weight that a row may lose, >= 0; 0 skips nothing.
+        block_q: Queries of a tile; causal patterns use 1.
+        block_k: Keys of a tile.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        factor: float = 0.1,
+        block_q: int = 16,
+        block_k: int = 8,
+        **common: Any,
+    ) -> None:
+        if factor < 0 or min(block_q, block_k) < 1:
+            raise ConfigError(
+                f"attention.blasst: factor={factor} must be >= 0, block_q={block_q} and block_k={block_k} >= 1"
+            )
+        super().__init__(dim, num_heads, **common)
+        self.factor, self.tile = factor, (1 if self.causal else block_q, block_k)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        return kernel.attention(
+            q,
+            k,
+            v,
+            key_mask=key_mask,
+            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            causal=self.causal,
+            positions=positions,
+            skip_threshold=self.factor,
+            skip_tile=self.tile,
+            higher_order=self.higher_order,
+        )
+
+    def _kept(
+        self, q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Any, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [B, H, N, M], visible entries, and visible entries in tiles that stay."""
+        scores = (q @ k.mT) * self.head_dim**-0.5
+        if bias is not None:
+            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
+        visible = torch.ones_like(scores, dtype=torch.bool)
+        if self.causal:
+            visible = visible & visible_keys(q.shape[2], k.shape[2], positions, q.device)
+        if key_mask is not None:
+            visible = visible & key_mask[:, None, None, :]
+        kept = visible & (scores > -torch.inf)
+        return (
+            scores,
+            visible,
+            kept & ~skipped(scores, kept, Skip(self.factor, *self.tile)) if self.factor else kept,
+        )
+
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        scores, _, kept = self._kept(q, k, key_mask, bias, positions)
+        return scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def sparsity(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Any = None) -> float:
+        """Share of the visible entries that the rule skips for these queries and keys."""
+        _, visible, kept = self._kept(q, k, key_mask, bias, None)
+        return float(1 - kept.sum() / visible.sum().clamp(min=1))
+
+    def attend_cost(self, n: int, m: int) -> tuple[float, float]:
+        """Of a pass that skips nothing; scores are always paid, values and mixing by the share of tiles that stay."""
+        cost = kernel.cost(1, self.num_heads, n, m, self.head_dim, self.value_head_dim, causal=self.causal)
+        return cost.flops, cost.bytes
