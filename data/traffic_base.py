@@ -42,7 +42,8 @@ class TrafficData(ZooData):
         split: Shares of train, validation and test in time order.
         null_value: What means "missing": zero, nan or none (nothing is missing).
         scale: "sensor" or "global": mean and deviation of each sensor, or of all together, over training rows.
-        zscore_includes_missing: Count missing cells as zeros in mean and deviation, as old code does.
+        zscore_includes_missing: Count missing cells as zeros in mean and deviation and show them to the model as zeros
+            that were read, as old code does; to reproduce published numbers.
         drop_dead_sensors: Leave out sensors without any training reading (counted) instead of refusing.
         mape_min: Smallest reading that counts for MAPE.
         report_steps: Steps ahead that get their own figures.
@@ -111,7 +112,13 @@ class TrafficData(ZooData):
         slots = series.week_slot
         self.profile = weekly_profile(train, slots[rows["train"]], series.slots_per_day)
         self.mean, self.std = self._moments(train)
-        windows = Windows(series.values, slots, self.geometry, self.segments(series))
+        windows = Windows(
+            series.values,
+            slots,
+            self.geometry,
+            self.segments(series),
+            missing_as_zero=self.zscore_includes_missing,
+        )
         self.windows = windows
         self.labels = list(series.sensors)
         for repair, count in series.repairs.items():
@@ -144,6 +151,7 @@ class TrafficData(ZooData):
             "horizon_steps": g.horizon,
             "lag_steps": list(g.lags),
             "null_value": self.null_value,
+            "missing_as_zero": self.zscore_includes_missing,
             "unit": self.unit,
         }
 

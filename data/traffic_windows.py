@@ -92,12 +92,20 @@ class Windows:
         geometry: Sizes.
         segment: Number of the unbroken stretch of rows that each row belongs to, int64 [T]; one stretch when left out.
             Earlier looks never reach into another stretch.
+        missing_as_zero: Inputs show a missing reading as a zero that was read, as old code does; targets never do.
     """
 
     def __init__(
-        self, values: np.ndarray, week_slot: np.ndarray, geometry: Geometry, segment: np.ndarray | None = None
+        self,
+        values: np.ndarray,
+        week_slot: np.ndarray,
+        geometry: Geometry,
+        segment: np.ndarray | None = None,
+        *,
+        missing_as_zero: bool = False,
     ) -> None:
         self.geometry = geometry
+        self.missing_as_zero = missing_as_zero
         self.seen = torch.from_numpy(~np.isnan(values))
         self.values = torch.from_numpy(np.nan_to_num(values, nan=0.0))
         self.week_slot = torch.from_numpy(week_slot)
@@ -116,7 +124,7 @@ class Windows:
         future = starts[:, None] + g.history + torch.arange(g.horizon)
         batch = {
             "history": self.values[past],
-            "history_seen": self.seen[past],
+            "history_seen": self.seen[past] | self.missing_as_zero,
             "clock": self.week_slot[starts],
             "target": self.values[future],
             "target_seen": self.seen[future],

@@ -84,6 +84,9 @@ def test_zero_is_missing_in_speeds_and_not_scaled_in(metr):
     train = table.to_numpy()[:280]
     assert old.mean[0] == pytest.approx(train.mean(), rel=1e-6)
     assert data.mean[0] == pytest.approx(train[train > 0].mean(), rel=1e-6)
+    first = BatchKey(np.array([0]), 0, 0)
+    seen = [d.dataset("train")[first]["history_seen"][0, 3, 1].item() for d in (data, old)]
+    assert seen == [False, True] and old.dataset("train")[first]["history"][0, 3, 1] == 0
     assert data.series.step_minutes == 5 and data.series.slots_per_day == 288
 
 

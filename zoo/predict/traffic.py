@@ -88,6 +88,8 @@ class TaskPredictor(Predictor):
             )
         minute = (history[0].weekday() * 24 + history[0].hour) * 60 + history[0].minute
         inputs = dict(zip(("history", "history_seen"), self._cells(readings, history), strict=True))
+        if p.get("missing_as_zero"):
+            inputs["history_seen"] = torch.ones_like(inputs["history_seen"])
         inputs["clock"] = torch.tensor([int(minute // p["step_minutes"])])
         if p["lag_steps"]:
             looks = [self._cells(readings, [t - step * lag for t in future]) for lag in p["lag_steps"]]
