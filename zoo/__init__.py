@@ -15,6 +15,7 @@ _EXPORTS = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
     "load": "zoo.pretrained",
+    "convert": "zoo.convert",
 }
 __all__ = ["__version__", *_EXPORTS]
 

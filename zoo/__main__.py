@@ -7,6 +7,7 @@ COMMANDS = {
     "list": "attention variants and what they define; models, tasks, data, weights",
     "show": "one variant, or the card of trained weights",
     "predict": "use trained weights on files",
+    "convert": "swap the attention of trained weights",
     "verify": "evaluate weights again and compare with their cards",
     "report": "leaderboard over any run folders",
     "fetch": "bring data sets into the cache, for machines without network",

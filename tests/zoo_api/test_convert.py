@@ -1,0 +1,74 @@
+"""Conversion keeps what maps, teaches what is new, and says what it did."""
+
+import pytest
+import timm
+import torch
+
+import zoo
+from zoo.convert import convert
+from zoo.errors import CapabilityError, ConfigError
+
+SMALL = {"depth": 2, "dim": 16, "num_heads": 2, "image_size": 14, "patch_size": 2, "stem": "patch"}
+
+
+def small(attention="softmax"):
+    torch.manual_seed(0)
+    return zoo.create_model("vit_micro", attention=attention, **SMALL).eval()
+
+
+def peer():
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.models.VisionTransformer(**shape).eval()
+
+
+def test_swapping_softmax_for_softmax_changes_nothing():
+    images = torch.randn(3, 1, 14, 14)
+    converted, report = convert(small(), "softmax")
+    assert torch.equal(converted(images), small()(images))
+    assert len(report.kept) == 8 and not report.new and not report.dropped and len(report.layers) == 2
+
+
+def test_timm_model_with_our_softmax_gives_its_logits():
+    images = torch.randn(3, 3, 16, 16)
+    converted, report = convert(peer(), "softmax")
+    assert (converted(images) - peer()(images)).abs().max() < 1e-5
+    assert report.layers == ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.mark.parametrize("objective, attention", [("output", "mala"), ("map", "linear")])
+def test_transfer_brings_the_outputs_nearer(objective, attention):
+    model = small()
+    with torch.no_grad():  # attention that is worth imitating
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(3)
+    batches = [torch.randn(16, 1, 14, 14) for _ in range(5)]
+    untaught, before = convert(model, attention)
+    taught, report = convert(model, attention, calibrate=batches, objective=objective, epochs=15)
+    assert not before.losses and min(report.losses) < 0.97 * report.losses[0]
+    if attention == "mala":
+        assert any("gate" in name for name in report.new) and len(report.kept) == 8
+        images = torch.randn(8, 1, 14, 14)
+        distance = [(m(images) - model(images)).norm() for m in (untaught, taught)]
+        assert distance[1] < distance[0]
+
+
+def test_the_original_is_left_alone_and_one_layer_can_be_swapped():
+    model, images = small(), torch.randn(2, 1, 14, 14)
+    before = model(images)
+    converted, report = convert(model, "mala", layers=[1])
+    assert torch.equal(model(images), before)
+    assert report.layers == ["blocks.1.attn"] and converted.blocks[0].attn.name == "softmax"
+
+
+def test_what_cannot_be():
+    with pytest.raises(ConfigError, match="layers 0 ... 1"):
+        convert(small(), "mala", layers=[2])
+    with pytest.raises(CapabilityError, match="objective='output'"):
+        convert(small(), "mala", objective="map")
+    with pytest.raises(ConfigError, match="no self-attention"):
+        convert(torch.nn.Linear(2, 2), "mala")
+    with pytest.raises(ConfigError, match="did you mean 'mala'"):
+        convert(small(), "malla")
+    with pytest.raises(ConfigError, match="at least 2 batches"):
+        convert(small(), "mala", calibrate=[torch.randn(2, 1, 14, 14)])
