@@ -103,6 +103,7 @@ class SpeechModel(nn.Module):
         super().__init__()
         _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
         self.dim, self.vocab_size = dim, vocab_size
+        self._table = torch.empty(0, dim)
         self.front = LogMel(sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise)
         self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio)
         self.stem = ConvSubsampling(n_mels, dim, factor=subsampling, kind=stem, channels=stem_channels)
@@ -197,7 +198,7 @@ class SpeechModel(nn.Module):
         features = self.augment(features, frames)
         x, count = self.stem(features.to(self.ctc_head.weight.dtype), frames)
         if self.position == "sine":
-            x = x + sine_positions(x.shape[1], self.dim).to(x)
+            x = x + self._positions(x.shape[1], x)
         x = self.drop(x)
         mask = length_mask(count, x.shape[1])
         for block in self.encoder:
@@ -215,9 +216,17 @@ class SpeechModel(nn.Module):
         return len(self.decoder) > 0
 
     def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
-        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens) * math.sqrt(self.dim)
-        return self.drop(x + sine_positions(places, self.dim).to(x))
+        return self.drop(x + self._positions(first + tokens.shape[1], x)[first:])
+
+    def _positions(self, count: int, like: Tensor) -> Tensor:
+        """Sine table of at least the first `count` positions, kept between calls: decoding asks for it at each step."""
+        table = self._table
+        if len(table) < count or table.dtype != like.dtype or table.device != like.device:
+            table = sine_positions(max(256, 2 * count), self.dim).to(like)
+            if not torch.compiler.is_compiling():
+                self._table = table
+        return table[:count]
 
     def decode(self, tokens: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
         """Logits of the token after each prefix.
