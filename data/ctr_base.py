@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -77,7 +78,7 @@ class ClickData(ZooData):
     kind: ClassVar[str] = "clicks"
 
     def __init__(
-        self, *, max_length: int = 100, batch_size: int = 512, eval_batch_size: int = 1024, **options: Any
+        self, *, max_length: int = 100, batch_size: int = 1024, eval_batch_size: int = 1024, **options: Any
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **options)
         check_at_least(1, max_length=max_length)
@@ -95,7 +96,7 @@ class ClickData(ZooData):
     def load(self) -> dict[str, Dataset]:
         self.log = self.build()
         return {
-            split: SplitDataset(len(rows), lambda key, split=split: self._batch(key, split))
+            split: SplitDataset(len(rows), partial(self._batch, split=split))
             for split, rows in self.log.splits.items()
         }
 

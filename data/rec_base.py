@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -113,8 +114,8 @@ class SequenceData(ZooData):
         self._windows = self._list_windows()
         return {
             "train": SplitDataset(len(self._windows), self._train_batch),
-            "val": SplitDataset(len(self.parts.samples["val"]), lambda key: self._asked(key, "val")),
-            "test": SplitDataset(len(self.parts.samples["test"]), lambda key: self._asked(key, "test")),
+            "val": SplitDataset(len(self.parts.samples["val"]), partial(self._asked, split="val")),
+            "test": SplitDataset(len(self.parts.samples["test"]), partial(self._asked, split="test")),
         }
 
     @property

@@ -96,16 +96,26 @@ class ClickThrough(ZooTask):
 
     def make_metrics(self) -> MetricCollection:
         return MetricCollection(
-            {"clicks": ClickMetrics(self.gauc_weights), "recall": MeanMetric(), "correlation": MeanMetric()},
+            {
+                "clicks": ClickMetrics(self.gauc_weights),
+                "recall": MeanMetric(),
+                "weight": MeanMetric(),
+                "correlation": MeanMetric(),
+            },
             compute_groups=False,
         )
 
     def compute_metrics(self, split: str) -> dict[str, float]:
         metrics = self.metrics[split]
         values = dict(metrics["clicks"].compute())
-        for name in ("recall", "correlation"):
+        names = {
+            "recall": "recall_of_truth",
+            "weight": "recall_of_weight",
+            "correlation": "correlation_of_truth",
+        }
+        for name, shown in names.items():
             if metrics[name].update_count:
-                values[f"{name}_of_truth"] = float(metrics[name].compute())
+                values[shown] = float(metrics[name].compute())
         return values
 
     # ---------------------------------------------------------------- training
@@ -147,9 +157,10 @@ class ClickThrough(ZooTask):
         if "relevance" in batch:
             scores = self.model.search_scores(*_inputs(batch))
             real = batch["items"] > 0
-            recall = recall_of_truth(scores, batch["relevance"], real, self.truth_k)
+            recall, weight = recall_of_truth(scores, batch["relevance"], real, self.truth_k)
             if recall.numel():
                 metrics["recall"].update(recall)
+                metrics["weight"].update(weight)
             correlation = correlation_with_truth(scores, batch["relevance"], real)
             if correlation.numel():
                 metrics["correlation"].update(correlation)
@@ -204,8 +215,8 @@ class ClickThrough(ZooTask):
         return written
 
 
-def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> Tensor:
-    """Share of the k truly most relevant behaviours among the k with the best scores.
+def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """How many of the k truly most relevant behaviours are among the k with the best scores, and their weight.
 
     Args:
         scores: What the model orders by, [B, M].
@@ -214,7 +225,8 @@ def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> 
         k: Depth. A sample with fewer relevant behaviours is asked for those; one with none is left out.
 
     Returns:
-        One value per sample that has a relevant behaviour.
+        Share of the behaviours, and share of the weight that any k behaviours could hold; one value each per sample
+        that has a relevant behaviour.
     """
     k = min(k, scores.shape[1])
     # A score shared by many says nothing of their order: shuffle them, so that padding order does not help.
@@ -225,7 +237,9 @@ def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> 
     is_wanted = torch.zeros_like(real).scatter(1, wanted, wanted_weight > 0)
     count = is_wanted.sum(1)
     hits = is_wanted.gather(1, found).sum(1)
-    return (hits / count.clamp_min(1))[count > 0].float()
+    held = relevance.gather(1, found).sum(1) / wanted_weight.sum(1).clamp_min(1e-12)
+    asked = count > 0
+    return (hits / count.clamp_min(1))[asked].float(), held[asked].float()
 
 
 def correlation_with_truth(scores: Tensor, relevance: Tensor, real: Tensor) -> Tensor:

@@ -170,3 +170,12 @@ def test_ease_solves_its_least_squares_problem() -> None:
 def test_path_is_required() -> None:
     with pytest.raises(DataError, match="data.path=ratings.csv"):
         create_data("interactions")
+
+
+def test_datasets_travel_to_worker_processes(data) -> None:
+    import pickle
+
+    for split in ("train", "test"):
+        copy = pickle.loads(pickle.dumps(data.dataset(split)))
+        key = BatchKey(np.arange(4), 0 if split == "train" else -1, 0)
+        assert torch.equal(copy[key]["items"], data.dataset(split)[key]["items"])

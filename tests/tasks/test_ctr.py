@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_and_figures_are_drawn(simulated, tmp_path: Pat
             labels.append(batch["label"])
     values = task.compute_metrics("test")
     assert values["auc"] == pytest.approx(auc(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
-    assert {"gauc", "log_loss", "recall_of_truth", "correlation_of_truth"} <= set(values)
+    assert {"gauc", "log_loss", "recall_of_truth", "recall_of_weight", "correlation_of_truth"} <= set(values)
     assert [p.name for p in task.figures(tmp_path)] == ["calibration.png", "search_scores.png"]
 
 
@@ -104,21 +104,24 @@ def test_recall_of_truth_equals_sets() -> None:
     scores, real = torch.randn(20, 15), torch.rand(20, 15) < 0.9
     relevance = torch.where(torch.rand(20, 15) < 0.4, torch.rand(20, 15), torch.zeros(())) * real
     relevance[3] = 0
-    expected = []
+    expected, held = [], []
     for s, w, r in zip(scores, relevance, real, strict=True):
         wanted = {int(i) for i in w.argsort(descending=True)[:5] if w[i] > 0}
         found = {int(i) for i in s.masked_fill(~r, -9).argsort(descending=True)[:5]}
         if wanted:
             expected.append(len(wanted & found) / len(wanted))
-    assert recall_of_truth(scores, relevance, real, 5).tolist() == pytest.approx(expected)
+            held.append(float(w[list(found)].sum() / w[list(wanted)].sum()))
+    recall, weight = recall_of_truth(scores, relevance, real, 5)
+    assert recall.tolist() == pytest.approx(expected)
+    assert weight.tolist() == pytest.approx(held, abs=1e-5)
     assert len(expected) == 19
 
 
 def test_perfect_and_useless_scores() -> None:
     relevance = torch.rand(50, 40) * (torch.rand(50, 40) < 0.3)
     real = torch.ones(50, 40, dtype=torch.bool)
-    assert recall_of_truth(relevance, relevance, real, 10).min() == 1
-    constant = recall_of_truth(torch.zeros(50, 40), relevance, real, 10).mean()
+    assert all(part.min() > 0.9999 for part in recall_of_truth(relevance, relevance, real, 10))
+    constant = recall_of_truth(torch.zeros(50, 40), relevance, real, 10)[0].mean()
     assert abs(constant - 0.25) < 0.1  # 10 of 40 at random
     truth = relevance + 1e-3
     right = correlation_with_truth(truth.log(), truth, real)
