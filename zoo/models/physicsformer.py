@@ -67,7 +67,8 @@ class PhysicsFormer(PointNetwork):
         decoder_layers: Cross-attention layers, >= 1.
         hidden: Hidden widths of each feed-forward network.
         head: Hidden widths of the read-out.
-        act: wavelet, tanh, sin, gelu or silu.
+        act: tanh, wavelet, sin, gelu or silu. With wavelets a small network bends between few points: on Burgers the
+            held-out residual rose while the training residual fell.
         lower, upper, fields, periods, harmonics, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
     """
 
@@ -75,16 +76,16 @@ class PhysicsFormer(PointNetwork):
         self,
         attention: Mapping[str, AttentionFactory],
         *,
-        dim: int = 32,
+        dim: int = 16,
         heads: int = 2,
-        tokens: int = 5,
+        tokens: int = 3,
         step: float = 0.01,
         axis: int = -1,
         encoder_layers: int = 1,
         decoder_layers: int = 1,
-        hidden: Sequence[int] = (64,),
-        head: Sequence[int] = (64,),
-        act: str = "wavelet",
+        hidden: Sequence[int] = (32,),
+        head: Sequence[int] = (32,),
+        act: str = "tanh",
         lower: Sequence[float] = (-1.0, 0.0),
         upper: Sequence[float] = (1.0, 1.0),
         fields: int = 1,
