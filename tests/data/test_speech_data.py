@@ -35,6 +35,25 @@ def test_any_rate_and_format(tmp_path, suffix, rate):
     assert np.abs(wave[1000:7000]).max() == pytest.approx(0.225, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(22050, 16000), (8000, 16000), (44100, 16000), (48000, 16000), (16001, 16000)]
+)
+def test_resampling(rate, wanted):
+    """A tone below both limits is kept to -80 dB; one above the new limit goes."""
+    from zoo.audio import resample
+
+    tone = np.sin(2 * np.pi * 300 * np.arange(rate) / rate).astype(np.float32)
+    new = resample(tone, rate, wanted)
+    assert len(new) == wanted
+    expected = np.sin(2 * np.pi * 300 * np.arange(wanted) / wanted)
+    assert np.abs(new - expected)[200:-200].max() < (1e-2 if rate == 16001 else 1e-4)
+    if rate > 2.5 * wanted:
+        high = np.sin(2 * np.pi * 0.7 * wanted * np.arange(rate) / rate).astype(np.float32)
+        assert np.abs(resample(high, rate, wanted)[200:-200]).max() < 1e-2
+    for size in (0, 1, 2, 441):
+        assert len(resample(np.ones(size, np.float32), 22050, 16000)) == -(-size * 16000 // 22050)
+
+
 def librispeech(root, speakers=4, defects=True):
     rng = np.random.default_rng(0)
     for split, names in (("train-clean-5", range(speakers)), ("dev-clean-2", (90,)), ("test-clean", (91,))):
