@@ -125,3 +125,22 @@ def test_refusals_name_the_rule():
     with pytest.raises(ValueError, match="must divide"):
         selected.overlap_stencil(3, 3, 8, 3, 6, torch.device("cpu"))
     assert selected.cost(1, 4, 64, 4, 8, 16).flops == 2 * 4 * 64 * 32 * 32
+
+
+def test_agrees_with_flash_linear_attention():
+    """Its plain loops over queries, causal: the selected branch, and the compressed one with l = d."""
+    naive = pytest.importorskip("fla.ops.nsa.naive", reason="parity with an independent form needs fla-core")
+    q, k, v = make(b=1, h=4, hk=2, n=24, m=24, d=6, e=6, dtype=torch.float32)
+    scores = torch.rand(1, 2, 24, 6, generator=torch.Generator().manual_seed(3))
+    own = torch.arange(24)[:, None] // 4
+    blocks = torch.arange(6)
+    index = selected.select_blocks(scores, 3, forced=blocks == own, valid=blocks <= own)
+    flip = lambda t: t.transpose(1, 2)
+    want = naive.naive_nsa_selection(flip(q), flip(k), flip(v), flip(index), block_size=4)
+    have = selected.attention(q, k, v, index, block_size=4, causal=True)
+    assert (flip(want) - have).abs().max() < 1e-5
+    pooled = [t.unflatten(2, (6, 4)).mean(3) for t in (k, v)]
+    ends = torch.arange(6) * 4 + 3
+    want = naive.naive_nsa_compression(flip(q), flip(pooled[0]), flip(pooled[1]), 4, 6**-0.5)[0]
+    have = dense.attention(q, *pooled, causal=True, positions=(torch.arange(24), ends))
+    assert (flip(want) - have)[:, :, 3:].abs().max() < 1e-5 and have[:, :, :3].abs().max() == 0

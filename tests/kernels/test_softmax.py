@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.softmax import attention, cost, merge_lse
+from kernels.softmax import apply_sink, attention, cost, merge_lse
 from kernels.softmax import torch as torch_path
 
 D64 = torch.float64
@@ -189,7 +189,8 @@ def test_errors_name_the_way_out(change, message):
         attention(*make(), **change)
 
 
-def test_head_counts_and_triton_say_what_to_do():
+def test_head_counts_and_triton_say_what_to_do(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="divide the query heads"):
         attention(*make(heads=4, key_heads=3))
     with pytest.raises(NotImplementedError, match="impl='torch'"):
@@ -201,3 +202,30 @@ def test_agrees_with_sdpa_and_counts_causal_pairs():
     torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert cost(1, 1, 4, 4, 8, causal=True).flops == 10 * 2 * 16
     assert cost(1, 1, 4, 4, 8).flops == 16 * 2 * 16
+
+
+def test_softcap_and_skipping_reject_what_cannot_be():
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        attention(*make(), softcap=-1.0)
+    with pytest.raises(ValueError, match="skip_threshold must be >= 0"):
+        attention(*make(), skip_threshold=-0.1)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 1.5}, {"skip_threshold": 3.0, "skip_tile": (4, 8)}])
+def test_score_options_equal_the_reference_in_value_and_gradient(option):
+    gen = torch.Generator().manual_seed(2)
+    options = {"key_mask": torch.rand(2, 33, generator=gen) > 0.3, "causal": True, **option}
+    options["bias"] = torch.randn(1, 4, 20, 33, generator=gen, dtype=D64)
+    args = make(20, 33)
+    want, have = both((4 * args[0], *args[1:]), torch.randn(2, 4, 20, 5, generator=gen, dtype=D64), **options)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+def test_sink_epilogue_equals_an_extra_key():
+    q, k, v = make(dtype=D64)
+    logit, value = torch.randn(4, 1, dtype=D64), torch.randn(4, 1, 5, dtype=D64)
+    out, lse = apply_sink(*attention(q, k, v, return_lse=True), logit, value)
+    scores = torch.cat((q @ k.mT * 6**-0.5, logit[None, :, :, None].expand(2, 4, 9, 1)), -1)
+    want = scores.softmax(-1) @ torch.cat((v, value.expand(2, 4, 1, 5)), 2)
+    assert (out - want).abs().max() < 1e-12 and (lse - scores.logsumexp(-1)).abs().max() < 1e-12

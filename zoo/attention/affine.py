@@ -4,6 +4,7 @@ Paper: Affine-Scaled Attention, arXiv:2602.23057. No official code; the formula 
 ``a_ij = alpha_i p_ij + beta_i`` with ``alpha_i = sigmoid(W_a x_i)`` per head and ``beta_i = (m - alpha_i) / n_i``, where n_i counts the visible
 keys and m is a moving average of alpha over training (per head, factor `decay`, frozen in evaluation). So rows sum to m, and
 ``o_i = alpha_i (O_i - vbar_i) + m vbar_i`` with vbar the mean of the visible values (a running mean in causal patterns).
+A bias is refused: a key that it hides would still count in the uniform part, so a bias could not stand for a mask.
 Differs from the paper in (unconfirmed there): W_a starts at zero and m at 0.5 = its first alpha; `average_start=0` is the paper's start.
 """
 
@@ -22,7 +23,6 @@ from zoo.errors import ConfigError
 
 @register_attention(
     patterns={"self", "causal_self", "cross", "causal_cross"},
-    bias="full",
     streaming=True,
 )
 class AffineAttention(Attention):
@@ -90,7 +90,6 @@ class AffineAttention(Attention):
             k,
             v,
             key_mask=key_mask,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
             causal=self.causal,
             positions=positions,
             higher_order=self.higher_order,

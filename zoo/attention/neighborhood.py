@@ -180,6 +180,8 @@ class NeighborhoodAttention(Attention):
         return self.output(heads, x_t), {"k": k, "v": v}
 
     def _keys(self, n: int) -> int:
+        if self.causal:
+            return min(n, self._per_axis(1)[0][0])
         rule = self._rule(n, self.grid if self.grid is not None and self.grid.tokens == n else None)
         keys = rule.prefix
         size = 1
