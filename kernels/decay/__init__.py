@@ -6,7 +6,7 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 but the key's own term). With ``normalizer="denom"`` divided by the same sum of weights, with "mlstm" by the larger of its size and 1.
 
 Implementations: ``reference`` goes step by step; ``torch`` works in chunks and is differentiable any number of times; ``triton`` has
-forward and backward kernels for the plain scan (see ``triton.py``).
+kernels for scans with scalar or no decay, whose gradients are scans again (see ``triton.py`` and ``ops.py``).
 
 Sources: GLA, arXiv 2312.06635 (vector gates, chunk form); mLSTM, arXiv 2405.04517 and 2503.14376 (``log_i``, stabiliser). Reading at
 ``positions``, the exclusive read and the final state for cross attention are this project's.
@@ -91,7 +91,7 @@ def decay_scan(
     _check(op, q, k, log_g, log_i, normalizer, read)
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(log_i, normalizer, initial_state, return_state, q, v))
+    impl = choose(op, impl, q, k, v, triton_gap=_gap(log_g, log_i, normalizer, initial_state, return_state))
     dtype, work = v.dtype, work_dtype(v.dtype)
     k, v, log_g, log_i = drop_keys(key_mask, (k, 0.0), (v, 0.0), (log_g, 0.0), (log_i, float("-inf")))
     if impl != "triton":
@@ -266,7 +266,7 @@ def _check(op, q, k, log_g, log_i, normalizer, read) -> None:
             raise ValueError(f"{op}: normalizer 'denom' is not defined with log_i; use 'mlstm'")
 
 
-def _gap(log_i, normalizer, initial_state, return_state, q, v) -> str | None:
+def _gap(log_g, log_i, normalizer, initial_state, return_state) -> str | None:
     """What the Triton kernels lack for this call."""
     if log_i is not None:
         return "an exponential input gate"
@@ -274,4 +274,6 @@ def _gap(log_i, normalizer, initial_state, return_state, q, v) -> str | None:
         return "states going in or out"
     if normalizer == "raw":
         return "raw results"
-    return "the decay scan yet"
+    if log_g is not None and log_g.dim() == 4:
+        return "decay per channel"
+    return None
