@@ -217,7 +217,7 @@ class FileScenes(SceneData):
         steps: list[Any] = [v2.RandomPhotometricDistort()] if self.photometric else []
         steps += [v2.RandomIoUCrop()] if self.crop and "boxes" in self.provides else []
         steps += [v2.RandomHorizontalFlip(self.flip)] if self.flip else []
-        return steps + [v2.SanitizeBoundingBoxes(min_size=1e-3)] if "boxes" in self.provides else steps
+        return steps + [v2.SanitizeBoundingBoxes(min_size=1)] if "boxes" in self.provides else steps
 
     def pixel_classes(self, record: Record) -> np.ndarray:
         """Class of every pixel of the file, uint8 [H, W]; crowds are void."""

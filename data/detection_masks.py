@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from data.errors import DataError
 
@@ -57,14 +56,28 @@ def segment_mask(segment: Any, size: tuple[int, int]) -> np.ndarray:
         if own != tuple(size):
             raise DataError(f"run lengths of {own[0]} x {own[1]} pixels in an image of {size[0]} x {size[1]}")
         return decode_runs(segment["counts"], size)
-    canvas = Image.new("1", (size[1], size[0]))
-    draw = ImageDraw.Draw(canvas)
+    out = np.zeros(size, dtype=bool)
     for polygon in segment:
         if len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"a polygon needs three or more x, y pairs, got {len(polygon)} numbers")
-        # COCO counts from pixel corners, PIL from pixel centres.
-        draw.polygon([float(v) - 0.5 for v in polygon], fill=1, outline=0)
-    return np.array(canvas)
+        out |= _fill(np.asarray(polygon, dtype=float).reshape(-1, 2), size)
+    return out
+
+
+def _fill(corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels whose centre lies inside a polygon (even-odd rule), bool [H, W]."""
+    out = np.zeros(size, dtype=bool)
+    (x1, y1), (x2, y2) = corners.T, np.roll(corners, -1, 0).T
+    low, high = max(0, int(np.floor(y1.min()))), min(size[0], int(np.ceil(y1.max())))
+    for row in range(low, high):
+        y = row + 0.5
+        crossing = (y1 <= y) != (y2 <= y)
+        if crossing.any():
+            at = (y - y1[crossing]) / (y2 - y1)[crossing]
+            ends = np.sort(x1[crossing] + at * (x2 - x1)[crossing])
+            for start, stop in np.ceil(ends.reshape(-1, 2) - 0.5).astype(int):
+                out[row, max(0, start) : max(0, stop)] ^= True
+    return out
 
 
 def paint_segments(

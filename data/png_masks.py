@@ -112,7 +112,7 @@ class PngMasksData(FileScenes):
                 table[value] = label
             return table[values]
         if self.zero_is_void:
-            return np.where(values == 0, VOID, values - 1).astype(np.uint8)
+            return np.where((values == 0) | (values == VOID), VOID, values.astype(int) - 1).astype(np.uint8)
         return values
 
     def read_mask(self, record: Record) -> np.ndarray:

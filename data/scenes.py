@@ -19,6 +19,7 @@ from data.sampler import BatchKey, generator
 
 MEAN, STD = 0.5, 0.25
 GENERATOR_VERSION = "1"  # part of hashes: raise it when a scene of equal seed looks different
+POLARITIES = ("bright", "both")
 _CANDIDATES = 12  # places tried for each digit
 _CHUNK = 50  # evaluation scenes composed at a time
 
@@ -42,6 +43,7 @@ class ScenesData(SceneData):
         texture: Strength of the background's smooth noise in units of the full brightness range.
         noise: Standard deviation of the pixel noise, same units.
         min_contrast: Least difference of brightness between a digit and the background's mean.
+        polarity: "bright": digits are brighter than the background, as MNIST's; "both": brighter or darker.
         min_visible: Digits of which a smaller share stays visible are taken out of the scene.
         common: Options of :class:`data.base.ZooData`.
     """
@@ -60,6 +62,7 @@ class ScenesData(SceneData):
         texture: float = 0.15,
         noise: float = 0.06,
         min_contrast: float = 0.3,
+        polarity: str = "bright",
         min_visible: float = 0.5,
         **common: Any,
     ) -> None:
@@ -77,12 +80,14 @@ class ScenesData(SceneData):
         check_range(0, 45, rotate_deg=rotate_deg)
         check_range(0, 1, texture=texture, noise=noise, min_visible=min_visible)
         check_range(0, 0.5, min_contrast=min_contrast)
+        if polarity not in POLARITIES:
+            raise DataError(f"data.polarity={polarity!r}: choose from {', '.join(POLARITIES)}")
         self._size = image_size
         self.counts = dict(zip(SPLITS, (train_scenes, val_scenes, test_scenes), strict=True))
         self.max_objects = max_objects
         self.scale = (min_scale, max_scale)
         self.rotate_deg, self.texture, self.noise = rotate_deg, texture, noise
-        self.min_contrast, self.min_visible = min_contrast, min_visible
+        self.min_contrast, self.min_visible, self.polarity = min_contrast, min_visible, polarity
         self._digits: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._scenes: dict[str, dict[str, Tensor]] = {}
 
@@ -192,7 +197,8 @@ class ScenesData(SceneData):
     def _paint(self, alpha: Tensor, uniform: Any, random: Generator) -> Tensor:
         """Coloured noise with tinted digits over it, [B, 3, H, W]."""
         b, t, side, _ = alpha.shape
-        base = uniform(0.2, 0.8, b, 1, 1, 1)
+        both = self.polarity == "both"
+        base = uniform(0.2, 0.8 if both else 0.55, b, 1, 1, 1)
         image = base + uniform(-0.1, 0.1, b, 3, 1, 1)
         for cells, share in ((3, 0.5), (6, 0.3), (12, 0.2)):
             noise = torch.randn(b, 3, cells, cells, generator=random)
@@ -201,7 +207,7 @@ class ScenesData(SceneData):
         brighter = base.view(b, 1) + gap
         darker = base.view(b, 1) - gap
         up = torch.rand(b, t, generator=random) < 0.5
-        up = (up & (brighter <= 1.05)) | (darker < -0.05)
+        up = (up & (brighter <= 1.05)) | (darker < -0.05) | (not both)
         tint = torch.where(up, brighter, darker)[..., None] + uniform(-0.12, 0.12, b, t, 3)
         for k in range(t):
             a = alpha[:, k, None]
@@ -247,7 +253,9 @@ class ScenesData(SceneData):
         fixed = [
             self.scenes(split)[key] for split in SPLITS[1:] for key in ("image", "boxes", "labels", "mask")
         ]
-        options = repr((self.scale, self.max_objects, self.texture, self.noise, self.min_contrast))
+        options = repr(
+            (self.scale, self.max_objects, self.texture, self.noise, self.min_contrast, self.polarity)
+        )
         return hash_arrays(*fixed, self._digits["train"][0], options, detection_baselines.VERSION)
 
     def compute_baselines(self) -> dict[str, dict[str, float]]:

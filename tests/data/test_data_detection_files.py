@@ -1,11 +1,16 @@
 """COCO, VOC, YOLO and PNG masks: what is read, what is skipped, what is refused; boxes and masks move together."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# tests are no package: their helpers are found beside them
+sys.path.insert(0, str(Path(__file__).parent))
 from scene_standins import coco_folder, write_image
 
 from data import create_data
@@ -191,7 +196,7 @@ def test_png_masks_palette_void_and_mapping(tmp_path):
     assert batch["size"].tolist() == [[12, 16]] and set(batch["mask"].unique().tolist()) == {0, 1, 2, 255}
     data = create_data("png_masks", root=root, zero_is_void=True, background=False, classes=["a", "b"])
     mask = data.pixel_classes(all_records(data)["0.jpg"])
-    assert mask[0, :4].tolist() == [255, 0, 1, 254] or mask[0, :3].tolist() == [255, 0, 1]
+    assert mask[0, :4].tolist() == [255, 0, 1, 255]
     data = create_data("png_masks", root=root, mapping={1: 0, 2: 1}, background=False)
     assert data.pixel_classes(all_records(data)["0.jpg"])[0, :4].tolist() == [255, 0, 1, 255]
     with pytest.raises(DataError, match="0.png holds value 2, but there are 2 classes"):

@@ -1,8 +1,14 @@
 """Scenes: exact boxes and masks, repeatable batches, splits by digit; scores and baselines."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+
+# tests are no package: their helpers are found beside them
+sys.path.insert(0, str(Path(__file__).parent))
 from scene_standins import small_scenes
 
 from data import create_data

@@ -124,8 +124,8 @@ def test_every_variant_trains_or_refuses(attention):
         enable_model_summary=False,
     )
     trainer.fit(task, datamodule=data)
-    trainer.test(task, datamodule=data, verbose=False)
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    trainer.test(task, datamodule=data, verbose=False)
     assert 0 <= float(trainer.callback_metrics["test/miou"]) <= 1
 
 

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, unknown
+
+NORMS = ("batch", "layer")
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -21,18 +23,34 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvUnit(nn.Sequential):
-    """3x3 convolution, ChannelNorm, GELU."""
+    """Convolution, norm, GELU.
 
-    def __init__(self, in_channels: int, channels: int, *, stride: int = 1, kernel: int = 3) -> None:
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        stride: Of the convolution.
+        kernel: Its side, odd.
+        norm: "batch" or "layer" (`ChannelNorm`).
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int = 1, kernel: int = 3, norm: str = "batch"
+    ) -> None:
+        if norm not in NORMS:
+            raise unknown("norm", norm, NORMS)
+        conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         super().__init__(
-            nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=False),
-            ChannelNorm(channels, eps=1e-6),
-            nn.GELU(),
+            conv, nn.BatchNorm2d(channels) if norm == "batch" else ChannelNorm(channels, eps=1e-6), nn.GELU()
         )
 
 
 class PyramidStem(nn.Module):
     """Stages that each halve the resolution: a strided convolution and, if `refine`, a residual one.
+
+    Batch norm: a norm over the few channels of an early pixel takes its contrast away, and without any norm the
+    first steps are slow (segmentation of digits after 300 steps: mIoU 0.02 without, 0.10 with a norm over channels).
+    Outside training no sample sees another.
 
     Args:
         in_channels: Channels of the image.

@@ -150,3 +150,51 @@ class UperNetHead(nn.Module):
             smooth = self.smooth[i](out)
             total = smooth if total is None else smooth + resize(total, smooth.shape[-2:])
         return self.classifier(total)
+
+
+class EncoderOnlyHead(nn.Module):
+    """Queries that the backbone's last blocks process beside the patches; each gives a class and a mask.
+
+    Paper: "Your ViT is secretly an image segmentation model" (EoMT), arXiv:2503.19108; official code: tue-mps/eomt,
+    MIT. Differs from it in: training goes through the semantic read-out (the mixture of all queries' masks) instead
+    of matched masks, and no masked attention, which EoMT anneals away before inference; so any attention variant fits.
+
+    Args:
+        dim: Width of the tokens.
+        classes: Number of classes K; every query may also be none of them.
+        queries: Number of queries Q.
+        steps: How often masks are doubled in resolution.
+    """
+
+    def __init__(self, dim: int, classes: int, *, queries: int, steps: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, queries, dim))
+        self.classify = nn.Linear(dim, classes + 1)
+        self.embed = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
+        self.up = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.ConvTranspose2d(dim, dim, 2, 2),
+                    nn.GELU(),
+                    nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
+                    ChannelNorm(dim),
+                )
+                for _ in range(steps)
+            )
+        )
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+        count = self.queries.shape[1]
+        queries, patches = features[-1][:, :count], features[-1][:, count:]
+        maps = self.up(map_of(patches, grid))
+        masks = torch.einsum("bqc,bchw->bqhw", self.embed(queries), maps) * maps.shape[1] ** -0.5
+        share = self.classify(queries).softmax(-1)[..., :-1]  # [B, Q, K]
+        scores = torch.einsum("bqk,bqhw->bkhw", share, masks.sigmoid())
+        # Logits whose softmax is the mixture, normalised over classes.
+        return scores.clamp(min=1e-6).log()
+
+    @property
+    def no_weight_decay(self) -> set[str]:
+        return {"queries"}

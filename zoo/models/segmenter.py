@@ -17,13 +17,14 @@ from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError, unknown
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.drop import depth_rates
+from zoo.layers.macmd import MacmdHead
 from zoo.layers.patch import as_pair
 from zoo.layers.position import resample_positions
 from zoo.layers.pyramid import PyramidStem, tokens_of
-from zoo.layers.seg_heads import LinearHead, MaskTransformerHead, UperNetHead, resize
+from zoo.layers.seg_heads import EncoderOnlyHead, LinearHead, MaskTransformerHead, UperNetHead, resize
 from zoo.models.registry import register_model
 
-HEADS = ("linear", "mask_transformer", "upernet")
+HEADS = ("linear", "mask_transformer", "upernet", "eomt", "macmd")
 
 
 @register_model
@@ -36,7 +37,7 @@ class Segmenter(nn.Module):
             to whole tokens and get a resampled table.
         in_channels: Channels of the image.
         num_classes: Number of classes.
-        head: linear, mask_transformer, upernet.
+        head: linear, mask_transformer, upernet, eomt, macmd.
         patch_size: Pixels per token along each axis, a power of two from 2 on.
         stem_width: Channels of the stem's first stage; they double up to `dim`.
         dim: Width C of the tokens.
@@ -44,7 +45,8 @@ class Segmenter(nn.Module):
         num_heads: Heads; must divide `dim`.
         mlp_ratio: Hidden width of the MLPs over `dim`.
         head_width: Channels of the pyramid head.
-        head_depth: Blocks of the mask transformer.
+        head_depth: Blocks of the mask transformer; last blocks that see EoMT's queries.
+        head_queries: EoMT's queries.
         position_std: Standard deviation of the position table at the start.
         drop_path: Rate of the last block; rises linearly from 0.
         dropout: Dropout after projections and inside MLPs.
@@ -68,6 +70,7 @@ class Segmenter(nn.Module):
         mlp_ratio: float = 2.0,
         head_width: int = 32,
         head_depth: int = 2,
+        head_queries: int = 24,
         position_std: float = 0.5,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -87,7 +90,11 @@ class Segmenter(nn.Module):
         self.stem = PyramidStem(in_channels, widths, refine=max(1, stages - 1))
         self.position_std = position_std
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid.tokens, dim))
-        geometry = {"length": self.grid.tokens, "grid": self.grid}
+        self.prefix = head_queries if head == "eomt" else 0
+        if head == "eomt" and not 1 <= head_depth <= depth:
+            raise ConfigError(f"head_depth={head_depth} must lie between 1 and depth={depth} for head eomt")
+        self.first_joint = depth - head_depth if head == "eomt" else depth
+        joint = Grid(self.grid.shape, self.prefix)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 attention["encoder"],
@@ -96,9 +103,10 @@ class Segmenter(nn.Module):
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
                 drop_path=rate,
-                **geometry,
+                length=(joint if i >= self.first_joint else self.grid).tokens,
+                grid=joint if i >= self.first_joint else self.grid,
             )
-            for rate in depth_rates(drop_path, depth)
+            for i, rate in enumerate(depth_rates(drop_path, depth))
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         if head == "linear":
@@ -113,6 +121,10 @@ class Segmenter(nn.Module):
                 mlp_ratio=mlp_ratio,
                 length=self.grid.tokens,
             )
+        elif head == "eomt":
+            self.head = EncoderOnlyHead(dim, num_classes, queries=head_queries, steps=max(1, stages - 2))
+        elif head == "macmd":
+            self.head = MacmdHead(dim, num_classes, width=head_width, stem=widths)
         else:
             self.head = UperNetHead(dim, num_classes, width=head_width, stem=widths)
         taps = sorted(max(0, -(-depth * k // 4) - 1) for k in (1, 2, 3, 4))
@@ -163,6 +175,9 @@ class Segmenter(nn.Module):
         grid = Grid(shape)
         outputs = []
         for i, block in enumerate(self.blocks):
+            if self.prefix and i == self.first_joint:
+                x = torch.cat((self.head.queries.expand(len(x), -1, -1), x), 1)
+                grid = Grid(shape, self.prefix)
             x = block(x, grid=grid)
             outputs.extend([x] * self.taps.count(i))
         outputs[-1] = self.norm(outputs[-1])

@@ -1,0 +1,62 @@
+"""From a picture on disk to boxes and masks in its own pixels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.attention.slots import resolve_slots
+from zoo.errors import DataError
+from zoo.models import get_model
+from zoo.predict import get_predictor
+
+SETTINGS = {"kind": "scene", "channels": 3, "size": [64, 64], "mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def predictor(task, name, labels, **options):
+    cls = get_model(name)
+    model = cls(resolve_slots(cls.slots(**options), {"name": "softmax"}), **options).eval()
+    card = {"task": task, "labels": labels, "preprocessing": SETTINGS}
+    return get_predictor(card)(model, card)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "wide.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (50, 100, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["plain_detr", "detr"])
+def test_boxes_are_in_pixels_of_the_picture(picture, name):
+    own = predictor("detr", name, [str(i) for i in range(10)], dim=32, padded=True)
+    pixels, size = own.preprocess(picture)
+    assert pixels.shape == (1, 3, 64, 64) and size.tolist() == [[32, 64]]
+    assert (pixels[:, :, 32:] == 0).all()
+    own.threshold = 0.0
+    found = own.predict(picture)["objects"]
+    assert len(found) == 12
+    for item in found:
+        x1, y1, x2, y2 = item["box"]
+        assert 0 <= x1 <= x2 <= 100 and 0 <= y1 <= y2 <= 50
+    assert str(picture) in own.format(picture, own.predict(picture))
+    own.threshold = 1.1
+    assert "nothing found" in own.format(picture, own.predict(picture))
+
+
+def test_masks_have_the_size_of_the_picture(picture):
+    own = predictor("segmentation", "segmenter", ["background", *"0123456789"], dim=32, stem_width=8)
+    found = own.predict(picture)
+    assert found["size"] == [50, 100] and len(found["mask"]) == 50
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-2)
+    assert torch.equal(own.classes(picture), torch.tensor(found["mask"]))
+    assert "%" in own.format(picture, found)
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    own = predictor("segmentation", "segmenter", ["a"] * 11, dim=32, stem_width=8)
+    with pytest.raises(DataError, match="no image at"):
+        own.predict(tmp_path / "none.png")
+    (tmp_path / "bad.png").write_text("x")
+    with pytest.raises(DataError, match="cannot read"):
+        own.predict(tmp_path / "bad.png")

@@ -1,0 +1,51 @@
+"""Image files to model input, scaled to fit a square and padded, as detection and segmentation train on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+def open_image(raw: Any) -> Any:
+    """A path or PIL image as an RGB PIL image.
+
+    Raises:
+        DataError: No such file, or no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not isinstance(raw, (str, Path)):
+        return raw.convert("RGB")
+    try:
+        with Image.open(raw) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"no image at {raw}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"cannot read image {raw}: {error}") from None
+
+
+def fit(image: Any, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Pixels [1, C, H, W], normalised, and the size [1, 2] of the part that is no padding."""
+    from PIL import Image
+
+    height, width = settings["size"]
+    factor = min(height / image.height, width / image.width)
+    size = (max(1, round(image.height * factor)), max(1, round(image.width * factor)))
+    if size != (image.height, image.width):
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    if settings["channels"] == 1:
+        image = image.convert("L")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
+    pixels = pixels.view(*size, settings["channels"]).permute(2, 0, 1)
+    mean, std = (torch.tensor(settings[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    pixels = F.pad((pixels - mean) / std, (0, width - size[1], 0, height - size[0]))
+    return pixels[None], torch.tensor([size])

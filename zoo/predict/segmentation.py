@@ -1,0 +1,47 @@
+"""Image files to one class per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from zoo.predict import Predictor
+from zoo.predict._scenes import SUFFIXES, fit, open_image
+
+
+class TaskPredictor(Predictor):
+    """Labels the pixels of pictures given as paths or PIL images."""
+
+    def inputs(self, arguments: list[str]) -> Iterator[str]:
+        for item in super().inputs(arguments):
+            if Path(item).suffix.lower() in SUFFIXES or item in arguments:
+                yield item
+
+    def preprocess(self, raw: Any) -> torch.Tensor:
+        """A path or PIL image to [1, C, H, W]."""
+        return fit(open_image(raw), self.preprocessing)[0]
+
+    @torch.no_grad()
+    def classes(self, raw: Any) -> torch.Tensor:
+        """Class of every pixel of the picture in its own size, int64 [height, width]."""
+        image = open_image(raw)
+        pixels, size = fit(image, self.preprocessing)
+        height, width = size[0].tolist()
+        logits = self.model(pixels)[..., :height, :width]
+        logits = F.interpolate(logits, (image.height, image.width), mode="bilinear", align_corners=False)
+        return logits[0].argmax(0)
+
+    def predict(self, raw: Any) -> dict[str, Any]:
+        """`{"size": [height, width], "shares": {label: share of the pixels}, "mask": rows of class numbers}`."""
+        mask = self.classes(raw)
+        counts = torch.bincount(mask.flatten(), minlength=len(self.labels)).tolist()
+        shares = {n: round(c / mask.numel(), 4) for n, c in zip(self.labels, counts, strict=True) if c}
+        return {"size": list(mask.shape), "shares": shares, "mask": mask.tolist()}
+
+    def format(self, raw: Any, prediction: dict[str, Any]) -> str:
+        shares = sorted(prediction["shares"].items(), key=lambda item: -item[1])
+        return f"{raw}: " + ", ".join(f"{label} {share:.1%}" for label, share in shares)
