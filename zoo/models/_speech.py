@@ -223,7 +223,8 @@ class SpeechModel(nn.Module):
         """Sine table of at least the first `count` positions, kept between calls: decoding asks for it at each step."""
         table = self._table
         if len(table) < count or table.dtype != like.dtype or table.device != like.device:
-            table = sine_positions(max(256, 2 * count), self.dim).to(like)
+            with torch.inference_mode(False):  # made while validating, used while training
+                table = sine_positions(max(256, 2 * count), self.dim).to(like.device, like.dtype)
             if not torch.compiler.is_compiling():
                 self._table = table
         return table[:count]
