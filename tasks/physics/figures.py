@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ def draw(task: Any, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    if getattr(task, "_test_fields", None) is not None:
+    whole = math.prod(task.data.grid_shape)
+    # A run that was told to look at a few batches only has no whole grid to draw.
+    if getattr(task, "_test_fields", None) is not None and len(task._test_fields[0]) == whole:
         files.append(_fields(task, folder / "fields.png"))
     table = folder.parent / "metrics.csv"
     if table.is_file():
