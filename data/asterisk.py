@@ -15,7 +15,7 @@ import numpy as np
 from data import register_data
 from data.base import check_at_least
 from data.errors import DataError
-from data.speech_base import Utterance
+from data.speech_batches import Utterance
 from data.speech_files import Row, SpeechFiles
 
 SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison"

@@ -19,7 +19,8 @@ from data.asterisk import AsteriskData, prompts
 from data.base import check_at_least
 from data.carriers import cache_dir, write_atomic
 from data.errors import DataError
-from data.speech_base import SpeechData, Utterance
+from data.speech_base import SpeechData
+from data.speech_batches import Utterance
 from data.speech_render import SHARDS, Line, render
 
 VERSION = 4  # raise it when the texts, the voices or the treatment of the samples change

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,37 +16,13 @@ from data.base import SPLITS, SplitDataset, ZooData, check_at_least, check_range
 from data.errors import DataError
 from data.sampler import BatchKey, EpochLoader, EpochSampler
 from data.speech_augment import WaveAugment
+from data.speech_batches import Batches, ByLength, Utterance, pad_audio, pad_tokens
 from data.speech_bucketing import BucketSampler, make_buckets
 from data.speech_tokenisers import PLAIN_CHARACTERS, BpeTokeniser, CharTokeniser, Tokeniser, normalise
 from zoo.audio import read_audio
 from zoo.errors import DataError as AudioError
 
 BASELINES_VERSION = "1"
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One recording, or a part of one, and its transcript.
-
-    Args:
-        id: Unique name.
-        text: Normalised transcript.
-        duration_s: Length.
-        speaker: Who speaks, "" if unknown.
-        path: Audio file; "" when the module holds the samples itself.
-        offset_s: Where the utterance starts in the file.
-        place: Number of the samples in the module's own store, -1 for files.
-        word_starts_s: Where each word starts, if known.
-    """
-
-    id: str
-    text: str
-    duration_s: float
-    speaker: str = ""
-    path: str = ""
-    offset_s: float = 0.0
-    place: int = -1
-    word_starts_s: tuple[float, ...] = field(default=(), compare=False)
 
 
 class SpeechData(ZooData):
@@ -159,7 +134,7 @@ class SpeechData(ZooData):
                 self._take(split, utterance)
         self.labels = list(self.tokeniser.pieces)
         return {
-            split: SplitDataset(len(items), _Batches(self, split)) for split, items in self._splits.items()
+            split: SplitDataset(len(items), Batches(self, split)) for split, items in self._splits.items()
         }
 
     def _take(self, split: str, utterance: Utterance) -> None:
@@ -278,7 +253,7 @@ class SpeechData(ZooData):
                 **place,
             )
             if not shuffle:
-                sampler.order = _ByLength(sampler, self.durations(split))
+                sampler.order = ByLength(sampler, self.durations(split))
         return EpochLoader(dataset, sampler, num_workers=self.num_workers)
 
     def buckets(self) -> tuple[list, list[int]]:
@@ -331,41 +306,3 @@ class SpeechData(ZooData):
         from data.speech_baselines import trivial_baselines
 
         return trivial_baselines(self._splits["train"], self._splits["test"])
-
-
-class _Batches:
-    """Picklable ``key -> batch`` of one split."""
-
-    def __init__(self, owner: SpeechData, split: str) -> None:
-        self.owner, self.split = owner, split
-
-    def __call__(self, key: BatchKey) -> dict[str, Tensor]:
-        return self.owner.batch(self.split, key)
-
-
-class _ByLength:
-    """Picklable order of evaluation: shortest first, every sample once."""
-
-    def __init__(self, sampler: EpochSampler, durations: np.ndarray) -> None:
-        self.own = np.argsort(durations, kind="stable")[sampler.rank :: sampler.world_size]
-
-    def __call__(self) -> np.ndarray:
-        return self.own
-
-
-def pad_audio(waves: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """``audio`` float32 [B, S], zeros behind the end, and ``audio_length`` int64 [B]."""
-    lengths = [len(w) for w in waves]
-    audio = torch.zeros(len(waves), max(lengths))
-    for row, wave in zip(audio, waves, strict=True):
-        row[: len(wave)] = torch.from_numpy(wave)
-    return {"audio": audio, "audio_length": torch.tensor(lengths)}
-
-
-def pad_tokens(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """``tokens`` int64 [B, L], 0 behind the end, and ``token_length`` int64 [B]."""
-    lengths = [len(t) for t in tokens]
-    out = torch.zeros(len(tokens), max(lengths), dtype=torch.int64)
-    for row, item in zip(out, tokens, strict=True):
-        row[: len(item)] = torch.tensor(item)
-    return {"tokens": out, "token_length": torch.tensor(lengths)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from data.speech_base import Utterance
+    from data.speech_batches import Utterance
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 
 from data.base import check_range
 from data.errors import DataError
-from data.speech_base import SpeechData, Utterance
+from data.speech_base import SpeechData
+from data.speech_batches import Utterance
 from zoo.audio import audio_info, read_audio
 from zoo.errors import DataError as AudioError
 

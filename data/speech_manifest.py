@@ -10,7 +10,7 @@ from typing import Any
 
 from data import register_data
 from data.errors import DataError
-from data.speech_base import Utterance
+from data.speech_batches import Utterance
 from data.speech_files import Row, SpeechFiles
 
 _PATH_KEYS = ("audio_filepath", "audio", "path", "audio_path", "file", "wav", "filename")

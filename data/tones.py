@@ -9,7 +9,8 @@ import numpy as np
 from data import register_data
 from data.base import check_at_least
 from data.sampler import derive_seed
-from data.speech_base import SpeechData, Utterance
+from data.speech_base import SpeechData
+from data.speech_batches import Utterance
 
 SYMBOLS = "abcdefghijkl"
 LOW_HZ = (500, 650, 850, 1100)

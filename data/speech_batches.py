@@ -1,0 +1,76 @@
+"""Utterances and how they become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sampler import BatchKey, EpochSampler
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording, or a part of one, and its transcript.
+
+    Args:
+        id: Unique name.
+        text: Normalised transcript.
+        duration_s: Length.
+        speaker: Who speaks, "" if unknown.
+        path: Audio file; "" when the module holds the samples itself.
+        offset_s: Where the utterance starts in the file.
+        place: Number of the samples in the module's own store, -1 for files.
+        word_starts_s: Where each word starts, if known.
+    """
+
+    id: str
+    text: str
+    duration_s: float
+    speaker: str = ""
+    path: str = ""
+    offset_s: float = 0.0
+    place: int = -1
+    word_starts_s: tuple[float, ...] = field(default=(), compare=False)
+
+
+class Batches:
+    """Picklable ``key -> batch`` of one split."""
+
+    def __init__(self, owner: Any, split: str) -> None:
+        self.owner, self.split = owner, split
+
+    def __call__(self, key: BatchKey) -> dict[str, Tensor]:
+        return self.owner.batch(self.split, key)
+
+
+class ByLength:
+    """Picklable order of evaluation: shortest first, every sample once."""
+
+    def __init__(self, sampler: EpochSampler, durations: np.ndarray) -> None:
+        self.own = np.argsort(durations, kind="stable")[sampler.rank :: sampler.world_size]
+
+    def __call__(self) -> np.ndarray:
+        return self.own
+
+
+def pad_audio(waves: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """``audio`` float32 [B, S], zeros behind the end, and ``audio_length`` int64 [B]."""
+    lengths = [len(w) for w in waves]
+    audio = torch.zeros(len(waves), max(lengths))
+    for row, wave in zip(audio, waves, strict=True):
+        row[: len(wave)] = torch.from_numpy(wave)
+    return {"audio": audio, "audio_length": torch.tensor(lengths)}
+
+
+def pad_tokens(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """``tokens`` int64 [B, L], 0 behind the end, and ``token_length`` int64 [B]."""
+    lengths = [len(t) for t in tokens]
+    out = torch.zeros(len(tokens), max(lengths), dtype=torch.int64)
+    for row, item in zip(out, tokens, strict=True):
+        row[: len(item)] = torch.tensor(item)
+    return {"tokens": out, "token_length": torch.tensor(lengths)}
