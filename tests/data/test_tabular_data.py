@@ -346,7 +346,8 @@ def test_a_stream_holds_the_same_rows_as_a_table_in_memory(tmp_path, suffix):
     from data.table_stream import TableStreamData
 
     path = write(tmp_path, frame(), f"t.{suffix}")
-    options = {"path": path, "target": "rich", "baseline_models": "fast"}
+    # Standardised: the noise that separates ties before a quantile transform falls on rows in file order.
+    options = {"path": path, "target": "rich", "baseline_models": "fast", "normalisation": "standard"}
     stream = TableStreamData(**options, piece_rows=100, scratch=str(tmp_path / "scratch"))
     whole = TableData(**options, show_schema=False)
     stream.setup(), whole.setup()
@@ -357,7 +358,7 @@ def test_a_stream_holds_the_same_rows_as_a_table_in_memory(tmp_path, suffix):
         np.testing.assert_array_equal(a["categorical"], b["categorical"])
         np.testing.assert_array_equal(a["target"], b["target"])
         np.testing.assert_array_equal(a["missing"], b["missing"])
-        np.testing.assert_allclose(a["numerical"], b["numerical"], atol=1e-3)
+        np.testing.assert_allclose(a["numerical"], b["numerical"], atol=1e-5)
     assert stream.compute_baselines()["logistic_regression"]["auc"] > 0.8
     assert isinstance(stream.arrays["numerical"], np.memmap)
 
