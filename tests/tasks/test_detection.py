@@ -16,7 +16,7 @@ from tasks._matching import Weights, match, set_losses
 from tasks.detection import Detection, decode, detection_losses, relative_boxes
 from zoo.attention.registry import list_attention
 from zoo.attention.slots import resolve_slots
-from zoo.errors import CapabilityError, DataError, ZooError
+from zoo.errors import CapabilityError, ConfigError, DataError, ZooError
 from zoo.layers.box_rpb import BoxRPB, box_bias_reference
 from zoo.layers.boxes import apply_delta, delta_between, pairwise_giou, to_cxcywh, to_xyxy
 from zoo.models import get_model
@@ -180,6 +180,7 @@ def test_a_zero_last_layer_of_the_bias_is_plain_cross_attention():
     ("name", "options"),
     [
         ("plain_detr", {}),
+        ("plain_detr", {"bvr_proposals": 5}),
         ("plain_detr", {"box_form": "sigmoid", "two_stage": False}),
         ("detr", {"dim": 32, "encoder_depth": 1}),
     ],
@@ -222,6 +223,19 @@ def test_images_without_objects_have_a_finite_class_loss_only():
 def test_odd_image_sizes(size):
     out = make(padded=True).eval()(torch.randn(1, 3, *size), torch.tensor([size]))
     assert out["boxes"].shape == (2, 1, 6, 4) and torch.isfinite(out["boxes"]).all()
+
+
+def test_bvr_starts_without_a_preference_and_trains():
+    model = make(bvr_proposals=4)
+    assert "bvr" in type(model).slots(bvr_proposals=4) and "bvr" not in type(model).slots()
+    torch.nn.init.zeros_(model.bridge.offset.weight)
+    x = torch.randn(2, 3, 64, 64)
+    out = model(x)
+    labels, boxes = torch.tensor([[1, 2], [3, -1]]), torch.rand(2, 2, 4) * 0.3 + 0.2
+    sum(detection_losses(out, labels, boxes, WEIGHTS, delta=True).values()).backward()
+    assert model.bridge.attn.q.weight.grad.abs().max() > 0 and model.bridge.offset.bias.grad.abs().max() > 0
+    with pytest.raises(ConfigError, match="two_stage=true"):
+        make(bvr_proposals=4, two_stage=False)
 
 
 def test_decode_scales_clips_and_ranks():

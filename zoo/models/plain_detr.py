@@ -22,6 +22,7 @@ from zoo.errors import ConfigError, unknown
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.box_rpb import BoxRPB
 from zoo.layers.boxes import apply_delta, inverse_sigmoid, to_xyxy
+from zoo.layers.bvr import BridgeRepresentations
 from zoo.layers.detr_blocks import BoxHead, QueryBlock, grid_anchors
 from zoo.layers.patch import as_pair
 from zoo.layers.position import sine_positions, sine_positions_2d
@@ -57,6 +58,8 @@ class PlainDetr(nn.Module):
         box_offsets: "log" or "linear", see `zoo.layers.box_rpb`.
         box_form: "delta": boxes are changes relative to their reference, also in loss and matching; "sigmoid":
             changes add to the reference's logits.
+        bvr_proposals: Proposals whose corners and centres the image tokens look at before decoding (RelationNet++);
+            0 for none. Needs two stages.
         dropout: Dropout after projections and inside MLPs.
     """
 
@@ -85,6 +88,7 @@ class PlainDetr(nn.Module):
         box_hidden: int = 32,
         box_offsets: str = "log",
         box_form: str = "delta",
+        bvr_proposals: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -99,13 +103,15 @@ class PlainDetr(nn.Module):
             )
         if box_form not in BOX_FORMS:
             raise unknown("box_form", box_form, BOX_FORMS)
+        if bvr_proposals < 0 or (bvr_proposals and not two_stage):
+            raise ConfigError(f"bvr_proposals={bvr_proposals} must not be negative and needs two_stage=true")
         height, width = as_pair(image_size)
         self.grid = Grid((-(-height // stride), -(-width // stride)))
-        most = max(queries, many_queries)
+        most = max(queries, many_queries, bvr_proposals)
         if two_stage and most > self.grid.tokens:
             raise ConfigError(
                 f"{most} queries need as many grid points, the grid has {self.grid.tokens}: lower queries or "
-                "many_queries, or set two_stage=false"
+                "many_queries or bvr_proposals, or set two_stage=false"
             )
         self.num_classes, self.in_channels, self.stride, self.dim = num_classes, in_channels, stride, dim
         self.queries, self.many_queries, self.padded = queries, many_queries, padded
@@ -124,6 +130,11 @@ class PlainDetr(nn.Module):
                 grid=self.grid,
             )
             for _ in range(encoder_depth)
+        )
+        self.bridge = (
+            BridgeRepresentations(attention["bvr"], dim, num_heads, proposals=bvr_proposals)
+            if bvr_proposals
+            else None
         )
         self.memory_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder = nn.ModuleList(
@@ -167,6 +178,7 @@ class PlainDetr(nn.Module):
         many_queries: int = 24,
         box_rpb: bool = True,
         padded: bool = False,
+        bvr_proposals: int = 0,
         **options: Any,
     ) -> dict[str, Slot]:
         """Encoder over the grid; queries are a set; the cross-attention takes BoxRPB's factors as bias."""
@@ -181,6 +193,8 @@ class PlainDetr(nn.Module):
                 length_known=True,
             ),
         }
+        if bvr_proposals:
+            slots["bvr"] = Slot(Pattern.CROSS, bias="full", ordered=False, length_known=True)
         if encoder_depth:
             slots = {"encoder": Slot(Pattern.SELF, key_mask=padded, grid_dims=2, length_known=True), **slots}
         return slots
@@ -196,6 +210,8 @@ class PlainDetr(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.normal_(self.content)
         prior = -math.log(99.0)
+        if self.bridge is not None:
+            self.bridge.reset_parameters()
         for head in self.classify:
             nn.init.constant_(head.bias, prior)
         for head in self.regress:
@@ -247,6 +263,10 @@ class PlainDetr(nn.Module):
         if size is None:
             size = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
         keys, memory, key_mask, grid = self.encode(images, size)
+        if self.bridge is not None:
+            table = keys - memory
+            memory = self._bridge(memory, size, grid)
+            keys = memory + table
         groups = [self.queries, self.many_queries] if self.training and self.many_queries else [self.queries]
         out: dict[str, Tensor] = {}
         reference = self._references(memory, size, grid, groups, out)
@@ -284,6 +304,20 @@ class PlainDetr(nn.Module):
                 out[f"many_{name}"] = whole[:, :, self.queries :]
         return out
 
+    def _bridge(self, memory: Tensor, size: Tensor, grid: Grid) -> Tensor:
+        """Image tokens that have looked at the best proposals' key points, [B, M, C]."""
+        anchors, inside = grid_anchors(grid.shape, self.stride, size, self.anchor_size)
+        score = self.proposal_score(memory).detach()[..., 0].masked_fill(~inside, -torch.inf)
+        best = self._top(score, self.bridge.proposals)[..., None].expand(-1, -1, 4)
+        boxes = self._change(anchors, self.proposal_box(memory).detach()).gather(1, best)
+        return self.bridge(memory, anchors[..., :2], boxes, size, self.stride, grid.shape)
+
+    @staticmethod
+    def _top(score: Tensor, count: int) -> Tensor:
+        """Places of the `count` best scores, [B, count]; repeated where a small picture has fewer."""
+        index = score.topk(min(count, score.shape[1]), dim=1).indices
+        return index[:, torch.arange(count, device=index.device) % index.shape[1]]
+
     def _references(
         self, memory: Tensor, size: Tensor, grid: Grid, groups: list[int], out: dict[str, Tensor]
     ) -> Tensor:
@@ -300,10 +334,7 @@ class PlainDetr(nn.Module):
             "proposal_inside": inside,
         }
         ranked = score.detach()[..., 0].masked_fill(~inside, -torch.inf)
-        best = [ranked.topk(min(count, ranked.shape[1]), dim=1).indices for count in groups]
-        for k, (index, count) in enumerate(zip(best, groups, strict=True)):
-            if index.shape[1] < count:  # a smaller picture than the model was made for
-                best[k] = index[:, torch.arange(count, device=index.device) % index.shape[1]]
+        best = [self._top(ranked, count) for count in groups]
         index = torch.cat(best, 1)[..., None].expand(-1, -1, 4)
         return boxes.gather(1, index).detach()
 
