@@ -6,7 +6,8 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 returns for k_t by a mixture with v_t. The exclusive read is ``q_t diag(e^{log_g_t}) S_{t-1}``.
 
 Implementations: ``reference`` goes step by step; ``torch`` solves one triangular system per chunk and is differentiable any number of
-times; ``triton`` is not written yet.
+times; ``triton`` replaces the walk over the chunks by one kernel (its gradient is the same walk backwards), the parts that run in parallel
+over chunks are the same library products.
 
 Sources: arXiv 2406.06484 (chunk form), arXiv 2412.06464 (gated), arXiv 2510.26692 (per channel). Reading at ``positions``, the exclusive
 read and the final state for cross attention are this project's.
@@ -20,6 +21,9 @@ from kernels._common.cost import Cost
 from kernels._common.prefix import drop_keys, merge_axes
 from kernels.delta import reference
 from kernels.delta import torch as torch_path
+
+# The chunk's whole [D, D] matrix passes through registers; a [128, 128] one spills on NVIDIA.
+TRITON_MAX_DIM = 64
 
 __all__ = ["cost", "delta_read", "delta_scan", "delta_state"]
 
@@ -71,7 +75,7 @@ def delta_scan(
     _check(op, k, beta, log_g, read)
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
-    impl = choose(op, impl, q, k, v, triton_gap="the delta rule yet")
+    impl = choose(op, impl, q, k, v, triton_gap=_gap(k))
     dtype, work = v.dtype, work_dtype(v.dtype)
     q, k, v, beta, log_g = _work(work, key_mask, q, k, v, beta, log_g)
     if reverse:
@@ -85,6 +89,9 @@ def delta_scan(
     elif impl == "reference":
         o, state = reference.scan(q, k, v, beta, log_g=log_g, read=read, initial=initial_state)
     else:
+        running = None
+        if impl == "triton":
+            from kernels.delta.ops import running
         o, state = torch_path.scan(
             q,
             k,
@@ -94,6 +101,7 @@ def delta_scan(
             read=read,
             initial=initial_state,
             chunk=chunk,
+            running=running,
         )
     o = back(o)
     out = (o.flip(2) if reverse else o).to(dtype)
@@ -167,6 +175,13 @@ def cost(
 def _work(work, key_mask, q, k, v, beta, log_g):
     k, v, beta, log_g = drop_keys(key_mask, (k, 0.0), (v, 0.0), (beta, 0.0), (log_g, 0.0))
     return q.to(work), k.to(work), v.to(work), beta.to(work), None if log_g is None else log_g.to(work)
+
+
+def _gap(k: Tensor) -> str | None:
+    """What the Triton kernel lacks for this call."""
+    if k.shape[-1] > TRITON_MAX_DIM:
+        return f"more than {TRITON_MAX_DIM} key channels"
+    return None
 
 
 def _check(op: str, k: Tensor, beta: Tensor, log_g: Tensor | None, read: str) -> None:

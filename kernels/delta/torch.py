@@ -26,16 +26,19 @@ def scan(
     initial: Tensor | None,
     chunk: int | None = None,
     outputs: bool = True,
+    running=None,
 ) -> tuple[Tensor | None, Tensor]:
     """Arguments as in ``reference.scan``.
 
     Args:
         chunk: Steps per chunk.
         outputs: False computes the last state alone.
+        running: What walks over the chunks; ``running_states`` here if left out.
 
     Returns:
         o [B, H, L, E] (None without ``outputs``) and the last state [B, H, D, E].
     """
+    running = running or running_states
     length, e = q.shape[2], v.shape[-1]
     vector = log_g is not None and log_g.dim() == 4
     chunk = max(1, min(chunk or (VECTOR_CHUNK if vector else CHUNK), length))
@@ -81,16 +84,19 @@ def scan(
     writes, erases = moved[..., :e], moved[..., e:]
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     keeps = (eye if across is None else eye * across) - erases
-    state = torch.zeros_like(writes[:, :, 0]) if initial is None else initial
+    before, last = running(keeps, writes, initial)
+    if not outputs:
+        return None, last
+    o = q_start @ before + mixed @ (u - w @ before)
+    return o.flatten(2, 3)[:, :, :length], last
+
+
+def running_states(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``S_{c+1} = keeps_c S_c + writes_c``: states before each chunk [B, H, C, D, E] and the last one."""
+    shape = writes[:, :, 0].shape
+    state = (torch.zeros_like(writes[:, :, 0]) if initial is None else initial).flatten(0, 1)
     past = []
-    shape = state.shape
-    state = state.flatten(0, 1)
     for keep, write in zip(keeps.flatten(0, 1).unbind(1), writes.flatten(0, 1).unbind(1), strict=True):
         past.append(state)
         state = torch.baddbmm(write, keep, state)
-    last = state.unflatten(0, shape[:2])
-    if not outputs:
-        return None, last
-    before = torch.stack(past, 1).unflatten(0, shape[:2])
-    o = q_start @ before + mixed @ (u - w @ before)
-    return o.flatten(2, 3)[:, :, :length], last
+    return torch.stack(past, 1).unflatten(0, shape[:2]), state.unflatten(0, shape[:2])
