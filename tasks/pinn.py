@@ -21,6 +21,8 @@ from torchmetrics import Metric, MetricCollection
 from data.problems.baselines import field_errors
 from data.sampler import generator
 from tasks.base import Batch, ZooTask
+from tasks.engine.callbacks import load_checkpoint
+from tasks.engine.folder import write_atomic
 from tasks.optimizers.quasi_newton import METHODS as QUASI_NEWTON
 from tasks.optimizers.quasi_newton import QuasiNewton
 from tasks.optimizers.soap import Soap
@@ -394,6 +396,15 @@ class PinnTask(ZooTask):
         if self.second != "none":
             optimizers.append(QuasiNewton(parameters, self.second, self.history))
         return optimizers
+
+    def on_train_end(self) -> None:
+        """The best checkpoint serves for its weights only: drop the dense curvature (8 bytes x parameters^2)."""
+        for callback in self.trainer.checkpoint_callbacks:
+            path = Path(getattr(callback, "best_model_path", "") or "")
+            if path.name == "best.ckpt" and path.is_file() and self.trainer.is_global_zero:
+                checkpoint = load_checkpoint(path)
+                checkpoint["optimizer_states"] = []
+                write_atomic(path, lambda p, c=checkpoint: torch.save(c, p))
 
     def load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes the number of points from the checkpoint: phase two has more."""
