@@ -110,7 +110,7 @@ class MqarData(ZooData):
         return {
             "any_value": {"accuracy": 1 / (self.vocabulary - self.vocabulary // 2)},
             "value_of_the_sequence": {"accuracy": 1 / self.pairs},
-            "token_after_last_match": {"accuracy": right / len(rows)},
+            "token_after_last_match": {"accuracy": float(right / len(rows))},
         }
 
 

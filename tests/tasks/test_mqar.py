@@ -81,6 +81,20 @@ def test_step_by_step_equals_the_whole_sequence(name):
     torch.testing.assert_close(torch.stack(rows, 1), net(tokens), rtol=1e-3, atol=1e-4)
 
 
+def test_prediction_from_token_numbers():
+    from zoo.errors import DataError
+    from zoo.predict import get_predictor
+
+    card = {"task": "mqar", "preprocessing": data().preprocessing()}
+    predictor = get_predictor(card)(model().eval(), card)
+    answer = predictor.predict("5,40,7,50 5")
+    assert 0 <= answer["value"] < 64 and 0 < answer["probability"] <= 1
+    assert "->" in predictor.format("5", answer)
+    for bad, message in (("5,99", "below 64"), ("x", "whole numbers"), ("", "1 to 32")):
+        with pytest.raises(DataError, match=message):
+            predictor.predict(bad)
+
+
 def test_model_errors():
     with pytest.raises(ConfigError, match="max_length"):
         model()(torch.zeros(1, 40, dtype=torch.long))

@@ -42,7 +42,7 @@ class TitansMemAttention(RecurrentAttention):
         norm: RMS-normalise each head's output.
     """
 
-    no_weight_decay = ("memory_weights", "gate_bias")
+    no_weight_decay = ("memory_weights.0", "memory_weights.1", "gate_bias")
 
     def __init__(
         self,
