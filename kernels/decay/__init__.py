@@ -14,7 +14,7 @@ Sources: GLA, arXiv 2312.06635 (vector gates, chunk form); mLSTM, arXiv 2405.045
 
 from typing import NamedTuple
 
-from torch import Tensor, cat, maximum, zeros_like
+from torch import Tensor, cat, float16, maximum, zeros_like
 
 from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dtype
 from kernels._common.choice import choose
@@ -91,7 +91,9 @@ def decay_scan(
     _check(op, q, k, log_g, log_i, normalizer, read)
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(log_g, log_i, normalizer, initial_state, return_state))
+    impl = choose(
+        op, impl, q, k, v, triton_gap=_gap(log_g, log_i, normalizer, initial_state, return_state, v)
+    )
     dtype, work = v.dtype, work_dtype(v.dtype)
     k, v, log_g, log_i = drop_keys(key_mask, (k, 0.0), (v, 0.0), (log_g, 0.0), (log_i, float("-inf")))
     if impl != "triton":
@@ -266,14 +268,14 @@ def _check(op, q, k, log_g, log_i, normalizer, read) -> None:
             raise ValueError(f"{op}: normalizer 'denom' is not defined with log_i; use 'mlstm'")
 
 
-def _gap(log_g, log_i, normalizer, initial_state, return_state) -> str | None:
+def _gap(log_g, log_i, normalizer, initial_state, return_state, v) -> str | None:
     """What the Triton kernels lack for this call."""
     if log_i is not None:
         return "an exponential input gate"
     if initial_state is not None or return_state:
         return "states going in or out"
-    if normalizer == "raw":
-        return "raw results"
+    if normalizer != "none" and v.dtype == float16:
+        return "sums of weights in float16, which they may leave"
     if log_g is not None and log_g.dim() == 4:
         return "decay per channel"
     return None

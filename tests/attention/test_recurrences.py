@@ -65,6 +65,19 @@ def test_state_does_not_grow(name):
     assert module.state_size(10) == module.state_size(10_000)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_state_stays_constant_and_finite_over_ten_thousand_steps(name):
+    module = build(name, Pattern.CAUSAL_SELF, dim=8, heads=1)
+    state, x = module.init_state(1), torch.randn(10_000, 1, 1, 8)
+    _, state = module.step(x[0], state)
+    first = size(state)
+    for x_t in x[1:]:
+        y, state = module.step(x_t, state)
+    assert size(state) == first and y.isfinite().all()
+
+
 def test_gla_without_forgetting_is_linear_attention():
     module = build("gla", Pattern.CAUSAL_SELF)
     q, k, v, gates = split(module, inputs(Pattern.CAUSAL_SELF)[0])

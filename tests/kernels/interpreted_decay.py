@@ -77,6 +77,18 @@ def test_masks_and_positions():
     compare((65, 8, 8), torch.float32, False, key_mask=mask)
 
 
+@pytest.mark.parametrize("normalizer", ["denom", "mlstm"])
+def test_sums_of_weights(normalizer):
+    args, weight = make((33, 8, 8), True)
+    args["q"], args["k"] = args["q"].exp(), args["k"].exp()
+    want = run(args, torch.float64, weight, "reference", normalizer=normalizer)
+    have = run(args, torch.float32, weight, "triton", normalizer=normalizer)
+    for name, expected in want.items():
+        assert (have[name] - expected).abs().max() <= 2e-5 * expected.abs().max().clamp(min=1), name
+    with pytest.raises(NotImplementedError, match="float16"):
+        run(args, torch.float16, weight, "triton", normalizer=normalizer)
+
+
 def test_strong_gates_stay_finite():
     for gate in (0.0, -1e-4, -20.0, -1e4):
         args, _ = make((70, 8, 8), True)
