@@ -97,3 +97,17 @@ def chunked(t: Tensor, chunk: int, fill: float = 0.0) -> Tensor:
     if pad:
         t = F.pad(t, (0, 0) * (t.dim() - 3) + (0, pad), value=fill)
     return t.unflatten(2, (-1, chunk))
+
+
+def even_chunk(length: int, chunk: int) -> int:
+    """Steps per chunk, at most ``chunk``, such that the last chunk is nearly full too: 65 steps are 2 x 33, not 64 + 1."""
+    return -(-length // -(-length // chunk)) if length else 1
+
+
+def power_chunk(length: int, chunk: int) -> int:
+    """``chunk`` or its half, both powers of two, whichever fills up less (and no more than ``length`` needs)."""
+    need = 1 << max(0, length - 1).bit_length()
+    if need <= chunk:
+        return need
+    half = max(1, chunk // 2)
+    return half if -(-length // half) * half < -(-length // chunk) * chunk else chunk

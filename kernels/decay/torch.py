@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.gates import gated_products, running_states
-from kernels._common.prefix import chunked
+from kernels._common.prefix import chunked, even_chunk, power_chunk
 
 CHUNK = 64
 VECTOR_CHUNK = 32
@@ -39,7 +39,7 @@ def scan(
 
 def _scalar(q, k, v, log_g, log_i, read, initial, initial_max, chunk):
     length = q.shape[2]
-    chunk = max(1, min(chunk, length))
+    chunk = even_chunk(length, chunk)
     qc, kc, vc = (chunked(t, chunk) for t in (q, k, v))
     scores = qc @ kc.mT  # [B, H, C, T, T]
     exponents = None
@@ -96,7 +96,7 @@ def _stabilisers(gates: Tensor, inputs: Tensor, initial_max: Tensor | None, read
 
 def _vector(q, k, v, log_g, read, initial, chunk):
     length = q.shape[2]
-    chunk = 1 << max(0, min(chunk, length) - 1).bit_length()  # halves must be whole
+    chunk = power_chunk(length, 1 << (chunk - 1).bit_length())  # halves must be whole
     qc, kc, vc, cum = (chunked(t, chunk) for t in (q, k, v, log_g))
     cum = cum.cumsum(-2)
     total = cum[..., -1:, :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.gates import gated_products
-from kernels._common.prefix import chunked
+from kernels._common.prefix import chunked, even_chunk, power_chunk
 
 CHUNK = 64
 VECTOR_CHUNK = 32
@@ -41,9 +41,10 @@ def scan(
     running = running or running_states
     length, e = q.shape[2], v.shape[-1]
     vector = log_g is not None and log_g.dim() == 4
-    chunk = max(1, min(chunk or (VECTOR_CHUNK if vector else CHUNK), length))
     if vector:
-        chunk = 1 << (chunk - 1).bit_length()  # halves must be whole
+        chunk = power_chunk(length, 1 << ((chunk or VECTOR_CHUNK) - 1).bit_length())  # halves must be whole
+    else:
+        chunk = even_chunk(length, chunk or CHUNK)
     qc, kc, vc = (chunked(t, chunk) for t in (q, k, v))
     bc = chunked(beta, chunk)[..., None]
     inclusive = read == "inclusive"
