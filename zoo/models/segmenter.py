@@ -64,7 +64,7 @@ class Segmenter(nn.Module):
         head: str = "upernet",
         patch_size: int = 8,
         stem_width: int = 16,
-        dim: int = 96,
+        dim: int = 128,
         depth: int = 4,
         num_heads: int = 4,
         mlp_ratio: float = 2.0,
