@@ -78,7 +78,7 @@ class TableStreamData(TabularData):
             # Without its own pool pyarrow keeps freed memory for later; a stream has no later.
             with pq.ParquetFile(self.path, memory_map=False, pre_buffer=False) as file:
                 for batch in file.iter_batches(self.piece_rows):
-                    yield batch.to_pandas(split_blocks=True)
+                    yield batch.to_pandas()
         elif name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
             yield from pd.read_csv(
                 self.path,

@@ -382,4 +382,5 @@ def test_a_stream_does_not_hold_the_file(tmp_path):
     stream.setup()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 0.6 * Path(path).stat().st_size
+    size = Path(path).stat().st_size
+    assert peak < 0.6 * size, f"{peak / 2**20:.1f} MiB for a file of {size / 2**20:.1f} MiB"
