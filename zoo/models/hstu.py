@@ -35,9 +35,9 @@ class _GatedBlock(nn.Module):
         super().__init__()
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = factory(dim, num_heads, length=length)
-        if type(self.attn).output is Attention.output and isinstance(
-            getattr(self.attn, "proj", None), nn.Linear
-        ):
+        proj = getattr(self.attn, "proj", None)
+        bare = type(self.attn).output is Attention.output and isinstance(proj, nn.Linear)
+        if bare and proj.in_features == dim:  # variants with fewer or wider heads keep their map
             self.attn.proj = nn.Identity()
         self.gate, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.drop = dropout_or_none(dropout)
