@@ -86,6 +86,12 @@ def test_output_does_not_depend_on_batch_mates(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_a_batch_of_one_image_trains(head):
+    logits = make(head=head).train()(torch.randn(1, 3, 64, 64))
+    sum(segmentation_losses(logits, torch.randint(11, (1, 64, 64))).values()).backward()
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_every_parameter_gets_a_gradient(head):
     model = make(head=head)
     sum(

@@ -87,7 +87,8 @@ class PyramidPooling(nn.Module):
     def __init__(self, dim: int, out: int, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
         super().__init__()
         self.bins = tuple(bins)
-        self.project = nn.ModuleList(ConvUnit(dim, out, kernel=1) for _ in bins)
+        # One cell of one image has no batch statistics.
+        self.project = nn.ModuleList(ConvUnit(dim, out, kernel=1, norm="layer") for _ in bins)
         self.fuse = ConvUnit(dim + out * len(self.bins), out)
 
     def forward(self, x: Tensor) -> Tensor:
