@@ -5,7 +5,7 @@ B batch, H heads, Hk key heads, N queries, M keys, D head size of queries and ke
 Implementations: ``reference`` is explicit; ``torch`` hands each call to ``F.scaled_dot_product_attention`` where that is right and
 fast (PyTorch's own kernels are the best available for plain attention on CPU, CUDA and ROCm, so the automatic choice uses them
 there too) and to explicit softmax in row blocks for double backward, forward mode, float64 and a log-sum-exp output. Row blocks keep
-memory linear in N. ``triton`` has forward and backward kernels for key mask, bias (its gradient reduced to its own shape), bands, grouped
+memory linear in N. ``triton`` has forward and backward kernels for key mask, bias (its gradient reduced to its own shape; by torch for wide float32 heads and on AMD), bands, grouped
 heads and the differentiable log-sum-exp; on a GPU the automatic choice takes them for what SDPA lacks: a log-sum-exp output, windows
 and given positions without a mask of N x M, and a bias that needs a gradient. Dropout, softcap and skipping stay with torch.
 

@@ -24,22 +24,24 @@ class Tiles:
     stages: int
 
 
-def tiles(kernel: str, backend: str, dot: str, d: int, e: int) -> Tiles:
+def tiles(kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90) -> Tiles:
     """The same table serves launches and the compile gate; the wider head size decides.
 
     The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles.
+    smaller tiles. AMD runs out of scalar registers first. ``arch`` is the compute capability times ten on NVIDIA.
     """
-    wide = max(_pow2(d), _pow2(e))
-    hip = backend == "hip"
+    wide = max(_pow2(d), _pow2(e)) > 64
     if dot == "float32":
-        side = 16 if wide > 64 else 32
-        return Tiles(side, 16 if hip and wide > 64 else side, 8 if wide > 64 else 4, 1)
+        side = 16 if wide or backend == "hip" else 32
+        few = not wide or (kernel == "bwd_dq" and backend == "cuda" and arch < 90)
+        return Tiles(side, side, 4 if few else 8, 1)
+    if backend == "hip":
+        return Tiles(32, 16, 4, 1)
     if kernel == "fwd":
-        return Tiles(64, 32 if wide > 64 else 64, 4, 1 if hip else 2)
-    if wide > 128:
-        return Tiles(32, 32, 8, 1)
-    return Tiles(64, 32, 8, 1) if wide > 64 else Tiles(64, 64, 8, 1)
+        return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
+    if kernel == "bwd_dkdv" and ((wide and arch < 90) or (not wide and arch >= 100)):
+        return Tiles(64, 32, 4, 1)
+    return Tiles(64, 32 if wide else 64, 8, 1)
 
 
 def _pow2(n: int) -> int:
@@ -54,6 +56,13 @@ def dot_types(dtype: str, backend: str) -> tuple[str, str]:
 
 def _backend() -> str:
     return "hip" if torch.version.hip else "cuda"
+
+
+def _arch() -> int:
+    if torch.version.hip or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _types(t: Tensor) -> tuple[str, str]:
@@ -110,7 +119,7 @@ class Call:
 
     def tiles(self, kernel: str) -> Tiles:
         dot = next(n for n, t in tk.DOT_TYPES.items() if t is self.constants["DOT"])
-        return tiles(kernel, _backend(), dot, self.sizes[4], self.sizes[5])
+        return tiles(kernel, _backend(), dot, self.sizes[4], self.sizes[5], _arch())
 
 
 def _options(t: Tiles) -> dict:
@@ -180,6 +189,11 @@ def bwd(
     return dq, dk.to(k.dtype), dv.to(v.dtype), db
 
 
+def bias_kernel(dtype: str, d: int, e: int, backend: str | None = None) -> bool:
+    """Whether the kernel for the bias gradient fits: not with wide float32 heads, nor in AMD's scalar registers."""
+    return (backend or _backend()) == "cuda" and (dtype != "float32" or max(d, e) <= 64)
+
+
 GATE_BATCH, GATE_HEADS, GATE_LENGTH = 8, 16, 4096
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -204,9 +218,10 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     )
     for kernel, name, outputs, products in kernels:
         for variant, flags, share in variants:
-            if name == "bwd_dbias" and not flags["HAS_BIAS"]:
+            if name == "bwd_dbias" and not (flags["HAS_BIAS"] and bias_kernel(dot, dim, dim, target.backend)):
                 continue
-            t = tiles(name, target.backend, dot, dim, dim)
+            arch = target.arch if isinstance(target.arch, int) else 90
+            t = tiles(name, target.backend, dot, dim, dim, arch)
             consts = dict(
                 flags, SCALE=dim**-0.5, BN=t.queries, BM=t.keys, BD=_pow2(dim), BE=_pow2(dim),
                 DOT=tk.DOT_TYPES[dot], PRECISION=precision,

@@ -84,6 +84,13 @@ def _again(q, k, v, bias, key_mask, pos_q, pos_k, left, right, scale):
     return out.to(q.dtype), lse
 
 
+def _bias_kernel(q: Tensor, v: Tensor) -> bool:
+    """Elsewhere the bias gradient comes from torch, with a matrix of N x M."""
+    from kernels.softmax import launch
+
+    return launch.bias_kernel(str(q.dtype)[6:], q.shape[-1], v.shape[-1])
+
+
 def _setup(ctx, inputs, output):
     q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale = inputs
     out, lse = output
@@ -111,9 +118,15 @@ def _backward(ctx, do, dlse):
     dlse = dlse.float().masked_fill(lse == -torch.inf, 0.0)
     delta = (do.float() * out.float()).sum(-1) - dlse
     want_bias = bias is not None and ctx.needs_input_grad[3]
+    kernel = want_bias and _bias_kernel(q, v)
     dq, dk, dv, db = softmax_bwd(
-        q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, want_bias
+        q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, kernel
     )
+    if want_bias and not kernel:
+        with torch.enable_grad():
+            leaf = bias.detach().requires_grad_()
+            found = _again(*(t.detach() for t in (q, k, v)), leaf, key_mask, pos_q, pos_k, left, right, scale)
+            (db,) = torch.autograd.grad(found, leaf, [do, dlse])
     return dq, dk, dv, db.to(bias.dtype) if want_bias else None, *rest
 
 

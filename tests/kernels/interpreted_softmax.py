@@ -92,6 +92,12 @@ def test_values_and_gradients_half(case, dtype):
     compare(case, dtype)
 
 
+@pytest.mark.parametrize("case", ["bias-shared", "bias-keys", "bias-rows"])
+def test_bias_gradient_without_its_kernel(case, monkeypatch):
+    monkeypatch.setattr(launch, "bias_kernel", lambda *a: False)
+    compare(case, torch.float32)
+
+
 def test_masked_infinities_and_strides():
     q, k, v = (torch.randn(2, 9, 3, 16).transpose(1, 2) for _ in range(3))
     mask = torch.ones(2, 9, dtype=torch.bool)
