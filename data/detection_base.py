@@ -36,8 +36,8 @@ class SceneData(ZooData):
     padded: bool = False
     in_channels: int = 3
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, *, batch_size: int = 16, eval_batch_size: int = 32, **common: Any) -> None:
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **common)
         self.target: str | None = None  # what the task trains on; picks the baselines that are shown
 
     @property

@@ -16,6 +16,7 @@ from data.base import DataError
 from data.detection_base import confusion_scores
 from data.detection_eval import coco_scores
 from data.sampler import BatchKey
+from tasks.registry import get_data, options_of
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,12 @@ def test_confusion_scores_by_hand():
 def test_bad_options_name_the_way_out(options, message):
     with pytest.raises(DataError, match=message):
         create_data("scenes", **options)
+
+
+@pytest.mark.parametrize("name", ["scenes", "coco", "voc", "yolo", "png_masks"])
+def test_yaml_lists_every_option_with_its_default(name):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    path = Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config.pop("name") == name
+    assert config == options_of(get_data(name))
