@@ -139,7 +139,8 @@ def build_data(cfg: DictConfig) -> Any:
     kind = get_task(cfg.task.kind).data_kind
     if kind and cls.kind != kind:
         raise ConfigError(f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}")
-    options.setdefault("seed", cfg.seed)
+    # data.seed shifts the order and augmentation of a run; it is 0 unless the user wants the same weights on another order.
+    options["seed"] = cfg.seed + (options.get("seed") or 0)
     check_options(f"data {name!r}", cls, options)
     data = cls(**options)
     data.prepare_data()
