@@ -25,7 +25,15 @@ def examples(tmp_path_factory, request):
     if not path.is_file():
         if "network" not in (request.config.option.markexpr or ""):
             pytest.skip(f"{NAME} is not in the cache; pytest -m network fetches it (14 MB)")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "labelme==6.3.1"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-binary=:all:",
+            "labelme==6.3.1",
+        ]
         subprocess.run([*command, "--dest", str(path.parent)], check=True, timeout=600)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == DIGEST
     folder = tmp_path_factory.mktemp("labelme")
@@ -36,7 +44,9 @@ def examples(tmp_path_factory, request):
 
 @pytest.mark.network
 def test_coco(examples):
-    data = create_data("coco", root=str(examples / "instance_segmentation" / "data_dataset_coco"), image_size=96)
+    data = create_data(
+        "coco", root=str(examples / "instance_segmentation" / "data_dataset_coco"), image_size=96
+    )
     data.setup()
     records = [r for split in data._records.values() for r in split]
     assert len(records) == 3 and sum(len(r.labels) for r in records) == 12 and not data.skipped

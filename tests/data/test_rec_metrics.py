@@ -35,7 +35,9 @@ def test_metrics_equal_the_mean_over_all_orders_of_ties() -> None:
         excluded = [int(i) for i in rng.choice(6, 2, replace=False)]
         allowed = [i for i in range(6) if i == target or i not in excluded]
         above, tied = count_above(
-            torch.tensor(scores[None]).float(), torch.tensor([target]), torch.tensor([[-1, *excluded, excluded[0]]])
+            torch.tensor(scores[None]).float(),
+            torch.tensor([target]),
+            torch.tensor([[-1, *excluded, excluded[0]]]),
         )
         values = ranking_metrics(above, tied, (2, 3, 10))
         for k in (2, 3, 10):
