@@ -26,7 +26,7 @@ def test_one_token_makes_attention_the_identity_on_values():
     before = model(points)
     for module in model.modules():
         if hasattr(module, "qkv"):
-            module.qkv.weight.data[:64] *= 7.0  # queries and keys
+            module.qkv.weight.data[: 2 * module.dim] *= 7.0  # queries and keys
     assert torch.equal(model(points), before)
 
 

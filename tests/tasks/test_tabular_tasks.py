@@ -105,9 +105,9 @@ def test_a_run_beats_the_trivial_baseline_and_leaves_figures(finished):
 
 
 def test_weights_predict_files_as_the_test_said(finished, tmp_path):
-    from zoo.pretrained import load
+    from zoo.pretrained import load_model
 
-    model, card = load(finished / "run/weights.safetensors")
+    model, card = load_model(finished / "run/weights.safetensors")
     predictor = TaskPredictor(model.eval(), card)
     frame = table(1500)
     order = np.random.RandomState(0).permutation(1500)
