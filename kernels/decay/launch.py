@@ -29,7 +29,10 @@ class Tiles:
 def tiles(dtype: str, d: int, e: int) -> Tiles:
     """The same table serves launches and the compile gate; TF32 products take smaller tiles and one stage."""
     widest = 64 if dtype == "bfloat16" else 32
-    return Tiles(widest, min(widest, _pow2(d)), min(widest, _pow2(e)), 4, 2 if dtype == "bfloat16" else 1)
+    # Eight warps for the wide tiles: with four, ptxas puts a case on the stack (sm_100, D 128).
+    if dtype == "bfloat16":
+        return Tiles(widest, min(widest, _pow2(d)), min(widest, _pow2(e)), 8, 1)
+    return Tiles(widest, min(widest, _pow2(d)), min(widest, _pow2(e)), 4, 1)
 
 
 def _pow2(n: int) -> int:
