@@ -160,13 +160,27 @@ class ProgressLines(Callback):
 
 
 class RewindLog(Callback):
-    """Drops logged rows that a resumed run will write again."""
+    """Drops logged rows that a resumed run will write again, and brings back the one that a kill can lose.
+
+    Lightning logs a step after the callbacks that may save a checkpoint at its end; so the checkpoint carries that row.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
+        checkpoint["last_row"] = {
+            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
+        self._last = checkpoint.get("last_row", {})
 
     def on_train_start(self, trainer: L.Trainer, module: ZooTask) -> None:
         if trainer.global_step:
             for logger in trainer.loggers:
                 if isinstance(logger, MetricsCsv):
-                    logger.rewind(trainer.global_step)
+                    logger.rewind(trainer.global_step, self._last)
 
 
 def build_callbacks(

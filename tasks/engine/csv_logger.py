@@ -19,25 +19,24 @@ from tasks.engine.folder import write_atomic
 
 
 class MetricsCsv(Logger):
-    """Writes one row per step and split to <folder>/metrics.csv.
+    """Writes one row per step and split to <folder>/metrics.csv, each as it comes.
 
     Args:
         folder: Run folder.
-        flush_every: Rows kept in memory between writes.
     """
 
-    def __init__(self, folder: str | Path, flush_every: int = 50) -> None:
+    def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.flush_every = flush_every
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = ["step"]
-        self._unsaved = 0
+        self._written = 0
+        self._header_is_old = True
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                self._rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-            for row in self._rows:
-                self._columns += [k for k in row if k not in self._columns]
+            # A killed process may leave half a row at the end: what has no line end does not count.
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self._rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(whole)]
+            self._extend_columns(*self._rows)
 
     @property
     def name(self) -> str:
@@ -51,34 +50,52 @@ class MetricsCsv(Logger):
     def save_dir(self) -> str:
         return str(self.path.parent)
 
-    def rewind(self, step: int) -> None:
-        """Forget rows after `step`: the run continues from there."""
+    def rewind(self, step: int, last: dict[str, float] | None = None) -> None:
+        """Forget rows from `step` on: the run continues there.
+
+        Args:
+            step: First step that will run again.
+            last: Metrics of the step before, which a checkpoint holds because it is saved before they are logged.
+        """
         self._rows = [row for row in self._rows if int(row["step"]) < step]
-        self._unsaved += 1
+        if last and not any(int(row["step"]) == step - 1 and row.keys() & last.keys() for row in self._rows):
+            self._rows.append({"step": step - 1, **last})
+            self._extend_columns(last)
+        self._header_is_old = True
         self.save()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._rows.append({"step": step, **metrics})
-        self._columns += [k for k in metrics if k not in self._columns]
-        self._unsaved += 1
-        if self._unsaved >= self.flush_every:
-            self.save()
+        self._extend_columns(metrics)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         pass  # The run folder holds the resolved configuration.
 
     @rank_zero_only
     def save(self) -> None:
-        if not self._unsaved:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, restval="")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_atomic(self.path, lambda p: p.write_text(text.getvalue()))
-        self._unsaved = 0
+        """Append what is new; write the file anew only when a column came up."""
+        if self._header_is_old:
+            write_atomic(self.path, lambda p: p.write_text(self._text(self._rows, header=True)))
+        elif self._written < len(self._rows):
+            with open(self.path, "a", newline="") as file:
+                file.write(self._text(self._rows[self._written :], header=False))
+        self._written, self._header_is_old = len(self._rows), False
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+    def _extend_columns(self, *rows: dict[str, Any]) -> None:
+        for row in rows:
+            fresh = [key for key in row if key not in self._columns]
+            self._columns += fresh
+            self._header_is_old |= bool(fresh)
+
+    def _text(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
