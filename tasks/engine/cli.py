@@ -110,6 +110,8 @@ def _known_keys(path: str) -> list[str]:
     """Keys beside `path` in the configuration that the other arguments of this command make."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     given = [a for a in sys.argv[1:] if "=" in a and not a.startswith(("-", "hydra", path))]
     given = [a.split("=")[0] + "=" + a.split("=", 1)[1].split(",")[0] for a in given]
@@ -120,5 +122,5 @@ def _known_keys(path: str) -> list[str]:
         for part in path.split(".")[:-1]:
             node = node[part]
         return sorted(map(str, node.keys()))
-    except Exception:
+    except (HydraException, OmegaConfBaseException):  # another argument is wrong too: no hint
         return []
