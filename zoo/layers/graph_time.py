@@ -111,7 +111,7 @@ class SegmentAttention(nn.Module):
     def weights(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Weight of each segment, [B, T], heads averaged."""
         if self.attention is not None:
-            query = self.query.expand(len(x), -1, -1)
+            query = self.query.expand(x.shape[0], -1, -1)
             return self.attention.attention_map(query, x, key_mask=keep).mean(1)[:, 0]
         scores = self.score(torch.tanh(self.hidden(x)))[..., 0]
         if keep is not None:
@@ -120,9 +120,9 @@ class SegmentAttention(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, C]; `keep` bool [B, T] overrides the random choice."""
-        keep = self.keep(len(x), x.shape[1], x.device) if keep is None else keep
+        keep = self.keep(x.shape[0], x.shape[1], x.device) if keep is None else keep
         if self.attention is not None:
-            return self.attention(self.query.expand(len(x), -1, -1), x, key_mask=keep)[:, 0]
+            return self.attention(self.query.expand(x.shape[0], -1, -1), x, key_mask=keep)[:, 0]
         return (self.weights(x, keep)[:, None] @ x)[:, 0]
 
 

@@ -255,7 +255,7 @@ class ClickModel(nn.Module):
         if found is not None:
             place, mask = found
             items, categories = items.gather(1, place), categories.gather(1, place)
-            ages = ages.expand(len(place), -1).gather(1, place)
+            ages = ages.expand(place.shape[0], -1).gather(1, place)
         candidate, history = self.aggregate(item, category, items, categories, ages, mask)
         return {"logit": self.head(candidate, history)}
 
@@ -270,4 +270,4 @@ class ClickModel(nn.Module):
         """Age 0 of the candidates [B] and ages of the behaviours [1, M]."""
         length = items.shape[1]
         ages = torch.arange(length, 0, -1, device=items.device)[None]
-        return items.new_zeros(len(items)), ages
+        return items.new_zeros(items.shape[0]), ages

@@ -97,6 +97,6 @@ class Bert4Rec(SequenceRecommender):
         return self.norm(x)
 
     def user_vector(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        mask = items.new_full((len(items), 1), self.mask_token)
+        mask = items.new_full((items.shape[0], 1), self.mask_token)
         oldest = 1 if items.shape[1] == self.max_length else 0
         return self.encode(torch.cat((items[:, oldest:], mask), 1))[:, -1]

@@ -170,7 +170,7 @@ class Detr(nn.Module):
             )
         height, width = images.shape[-2:]
         if size is None:
-            size = torch.tensor((height, width), device=images.device).expand(len(images), 2)
+            size = torch.tensor((height, width), device=images.device).expand(images.shape[0], 2)
         valid = valid_pixels(size, height, width) if self.padded else None
         last = self.stem(images, valid)[-1]
         grid = Grid(tuple(last.shape[-2:]))
@@ -180,7 +180,7 @@ class Detr(nn.Module):
         for layer in self.encoder:
             memory = layer(memory, positions, key_mask, grid)
         keys = memory + positions
-        place = self.queries.expand(len(images), -1, -1)
+        place = self.queries.expand(images.shape[0], -1, -1)
         x = torch.zeros_like(place)
         out = []
         for block in self.decoder:

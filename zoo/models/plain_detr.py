@@ -261,7 +261,7 @@ class PlainDetr(nn.Module):
             "proposal_boxes", "proposal_references" [B, M, 4] and "proposal_inside" [B, M].
         """
         if size is None:
-            size = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+            size = torch.tensor(images.shape[-2:], device=images.device).expand(images.shape[0], 2)
         keys, memory, key_mask, grid = self.encode(images, size)
         if self.bridge is not None:
             table = keys - memory
@@ -270,7 +270,7 @@ class PlainDetr(nn.Module):
         groups = [self.queries, self.many_queries] if self.training and self.many_queries else [self.queries]
         out: dict[str, Tensor] = {}
         reference = self._references(memory, size, grid, groups, out)
-        x = self.content[: sum(groups)].expand(len(images), -1, -1)
+        x = self.content[: sum(groups)].expand(images.shape[0], -1, -1)
         cells = (
             torch.cat((size, size), 1).flip(1)[:, None].to(memory) / self.stride
         )  # w, h, w, h in grid cells
@@ -323,7 +323,7 @@ class PlainDetr(nn.Module):
     ) -> Tensor:
         """First reference boxes, [B, N, 4]: the best proposals, or learned ones."""
         if not self.two_stage:
-            return self.anchors[: sum(groups)].sigmoid().expand(len(memory), -1, -1)
+            return self.anchors[: sum(groups)].sigmoid().expand(memory.shape[0], -1, -1)
         anchors, inside = grid_anchors(grid.shape, self.stride, size, self.anchor_size)
         score = self.proposal_score(memory)
         boxes = self._change(anchors, self.proposal_box(memory))

@@ -75,8 +75,9 @@ class Tno(nn.Module):
         """
         if u.dim() != 2 or x.shape != u.shape[1:]:
             raise ConfigError(f"u must be [B, N] and x [N], got {list(u.shape)} and {list(x.shape)}")
-        weights = torch.full_like(x, 1.0 / len(x)) if weights is None else weights
-        if weights.shape != x.shape or not bool((weights > 0).all()):
+        if weights is None:
+            weights = torch.full_like(x, 1.0 / len(x))
+        elif weights.shape != x.shape or not bool((weights > 0).all()):
             raise ConfigError(f"quadrature weights must be {len(x)} positive numbers")
         # Times the count, so that equal weights give a bias of zero.
         bias = (weights * (len(x) / weights.sum())).log()[None, None, None]
