@@ -15,7 +15,8 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from tasks.asr_analysis import Picture, analyse
 from tasks.asr_batches import search_batch_sizes
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, parameter_groups
+from tasks.optimizers.muon import Muon
 from zoo.decoding import beam_search, ctc_greedy, greedy
 from zoo.errors import ConfigError
 from zoo.models._speech import BOS, EOS, SpeechModel, SpeechOutput
@@ -27,6 +28,7 @@ class SpeechToText(ZooTask):
     """Transcription.
 
     Args:
+        optimizer: "muon": weight matrices of the blocks take Muon's steps, all else AdamW's, see `tasks.optimizers.muon`; "adamw".
         ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1.
         ctc_start: Share of the training during which the encoder learns by CTC alone, [0, 1): attention needs an encoder that
             hears something, and steps without the decoder are cheaper.
@@ -49,6 +51,7 @@ class SpeechToText(ZooTask):
         model: SpeechModel,
         data: Any,
         *,
+        optimizer: str = "muon",
         ctc_weight: float = 0.3,
         ctc_start: float = 0.25,
         label_smoothing: float = 0.1,
@@ -69,10 +72,13 @@ class SpeechToText(ZooTask):
                 raise ConfigError(f"task.{name}={value} is outside [0, 1]")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
+        if optimizer not in ("muon", "adamw"):
+            raise ConfigError(f"task.optimizer={optimizer!r}: choose muon or adamw")
         if beam < 1:
             raise ConfigError(f"task.beam={beam} must be at least 1")
         self.has_decoder = model.has_decoder
         super().__init__(model, data, **common)
+        self.optimizer = optimizer
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0
         self.ctc_start = ctc_start if self.has_decoder and ctc_weight else 0.0
         self.label_smoothing, self.beam = label_smoothing, beam
@@ -101,6 +107,22 @@ class SpeechToText(ZooTask):
 
     # ---------------------------------------------------------------- training
 
+    def configure_optimizers(self) -> Any:
+        out = super().configure_optimizers()
+        if self.optimizer == "adamw":
+            return out
+        scale = out["lr_scheduler"]["scheduler"].lr_lambdas[0]
+        blocks = (*self.model.encoder, *self.model.decoder)
+        matrices = {m.weight for b in blocks for m in b.modules() if isinstance(m, nn.Linear)}
+        groups = []
+        for group in parameter_groups(self.model, self.weight_decay):
+            for orthogonal in (True, False):
+                params = [p for p in group["params"] if (p in matrices) == orthogonal]
+                groups += [{**group, "params": params, "orthogonal": orthogonal}] if params else []
+        optimizer = Muon(groups, lr=self.lr, betas=self.betas, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
     def setup(self, stage: str) -> None:
         """Search batch sizes, on the device that trains, before the loaders are made."""
         if stage == "fit" and self.batch_memory_mib and self.data.duration_buckets:
@@ -110,6 +132,8 @@ class SpeechToText(ZooTask):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         tokens, count = batch["tokens"], batch["token_length"]
+        if not len(count):  # no recording of the batch was usable
+            return {"ctc": sum(p.sum() for p in self.model.parameters()) * 0.0}
         inputs, targets = with_ends(tokens, count)
         alone = self.training and self.progress() < self.ctc_start
         decode = self.has_decoder and not alone
@@ -122,10 +146,8 @@ class SpeechToText(ZooTask):
         return terms
 
     def progress(self) -> float:
-        """Share of the training that is done; 1 where no trainer is attached."""
-        if self._trainer is None or not self.trainer.training:
-            return 1.0
-        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        """Share of the training that is done; 1 outside training."""
+        return super().progress() if self._trainer is not None and self.trainer.training else 1.0
 
     def terms(self, out: SpeechOutput, tokens: Tensor, count: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Weighted loss terms of a forward pass: per token, so that the length of a batch changes nothing."""
@@ -171,6 +193,8 @@ class SpeechToText(ZooTask):
         )
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
+        if not len(batch["index"]):
+            return
         references = [
             self.data.split({"valid": "val"}.get(split, split))[i].text for i in batch["index"].tolist()
         ]
@@ -203,9 +227,8 @@ class SpeechToText(ZooTask):
 
     def _decoder_waits(self, split: str) -> bool:
         """In a validation before the decoder starts to learn, CTC answers for it."""
-        if split != "valid" or self._trainer is None or not self.trainer.max_epochs:
-            return False
-        return self.global_step < self.ctc_start * int(self.trainer.estimated_stepping_batches)
+        fitting = self._trainer is not None and self.trainer.max_epochs
+        return bool(split == "valid" and fitting and super().progress() < self.ctc_start)
 
     def _search_beam(self, memory: Tensor, lengths: Tensor, references: list[str]) -> None:
         """Decode by beam search with CTC fusion, beside greedy decoding: `cer_beam` and `wer_beam`."""

@@ -7,6 +7,7 @@ predictions, and which figures its users look at; everything else is here or in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,6 +72,10 @@ class ZooTask(L.LightningModule):
         self.lr, self.weight_decay, self.betas = lr, weight_decay, tuple(betas)
         self.warmup_fraction, self.schedule, self.min_lr_fraction = warmup_fraction, schedule, min_lr_fraction
         self.auxiliary_weight = auxiliary_weight
+        # Set by the protocol of a comparison: share of `total_steps` that is run, or the share of a time budget used.
+        self.step_share: float = 1.0
+        self.clock: Callable[[], float] | None = None
+        self._steps: int | None = None
         self.metrics = nn.ModuleDict({split: self.make_metrics() for split in ("valid", "test")})
         self._has_auxiliary = any(
             isinstance(m, Attention) and type(m).auxiliary_loss is not Attention.auxiliary_loss
@@ -153,16 +158,27 @@ class ZooTask(L.LightningModule):
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = math.ceil(batches / trainer.accumulate_grad_batches) * max(trainer.max_epochs or 1, 1)
-        return max(1, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
+        steps = max(1, round(steps * self.step_share))
+        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        if self.clock:
+            return min(1.0, self.clock())
+        if self._steps is None:  # asked at every step, and counting the batches may cost
+            self._steps = self.total_steps()
+        return min(1.0, self.global_step / self._steps)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, fused=True
         )
-        total = self.total_steps()
+        # On a budget of time the rate follows the clock, in thousandths.
+        total = 1000 if self.clock else self.total_steps()
         warmup = int(self.warmup_fraction * total)
 
         def scale(step: int) -> float:
+            step = int(self.progress() * total) if self.clock else step
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             if self.schedule == "constant":

@@ -153,8 +153,9 @@ class ProgressLines(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         shown = ["train/loss", f"valid/{module.monitor}"] + [k for k in values if k.startswith("valid/")]
         text = "  ".join(f"{k} {values[k]:.4g}" for k in dict.fromkeys(shown) if k in values)
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs > 0 else ""  # none on a budget of time
         print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step}  {text}",
+            f"epoch {trainer.current_epoch + 1}{of}  step {trainer.global_step}  {text}",
             flush=True,
         )
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import resource
-import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.base import ZooTask
-from tasks.engine.callbacks import AtomicCheckpointIO, Speed, build_callbacks, load_checkpoint
-from tasks.engine.csv_logger import MetricsCsv
+from tasks.engine.build import build_data, build_task, plain
+from tasks.engine.callbacks import Speed, load_checkpoint
 from tasks.engine.folder import (
     RunFolder,
     command,
@@ -27,94 +27,134 @@ from tasks.engine.folder import (
     write_atomic,
     write_json,
 )
+from tasks.engine.memory import is_out_of_memory, remembered, smaller_batch
+from tasks.engine.protocol import Budget, describe, settle
 from tasks.engine.report import print_result, print_slots
-from tasks.registry import check_options, get_data, get_task
-from zoo.attention.slots import AttentionFactory, resolve_slots, slot_table
-from zoo.errors import ConfigError
+from tasks.engine.trainer import build_trainer
+from zoo.attention.slots import AttentionFactory, slot_table
 from zoo.layers.flops import count_flops
-from zoo.models.registry import build_model, get_model
 from zoo.pretrained.weights import save_weights
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+@dataclass
+class Fitted:
+    """A trained task with what `finish` reports about it."""
+
+    cfg: DictConfig
+    data: Any
+    task: ZooTask
+    factories: dict[str, AttentionFactory]
+    trainer: L.Trainer
+    protocol: dict[str, Any]
+    flops: float
+    seconds: float
+    valid: dict[str, float]
+
+
+def run(cfg: DictConfig, folder: Path, search: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train and test what `cfg` describes; returns the content of result.json.
 
     Args:
         cfg: Resolved configuration, see conf/.
         folder: Run folder; continued when `cfg.resume` is set.
+        search: How `cfg` was found, when a search chose parts of it.
     """
     quiet()
     with RunFolder(folder):
-        if not cfg.resume and is_main_process():
-            write_atomic(folder / "config.yaml", lambda p: OmegaConf.save(cfg, p, resolve=True))
-        L.seed_everything(cfg.seed, verbose=False)
-        torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
-        if cfg.trainer.threads:
-            torch.set_num_threads(cfg.trainer.threads)
-        data = build_data(cfg)
-        task, factories = build_task(cfg, data)
-        if is_main_process():
-            print_slots(cfg.task.name, factories)
-        trainer = build_trainer(cfg, task, folder)
-        flops = count_flops(task.model, *task.example_inputs())
-
-        began = time.perf_counter()
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(task, datamodule=data, ckpt_path=last if cfg.resume and last.exists() else None)
-        seconds = time.perf_counter() - began
+        fitted = train(cfg, folder)
+        task, trainer = fitted.task, fitted.trainer
         best = folder / "checkpoints" / "best.ckpt"
         if best.exists() and not cfg.trainer.fast_dev_run:
             load_best(task, best)
-        trainer.test(task, datamodule=data, verbose=False)
+        trainer.test(task, datamodule=fitted.data, verbose=False)
         # Every process draws: figures may gather metrics from all of them.
         with tempfile.TemporaryDirectory() as elsewhere:
             figures = task.figures(folder / "figures" if trainer.is_global_zero else Path(elsewhere))
         if not trainer.is_global_zero:
             return {}
-        return finish(cfg, folder, data, task, factories, trainer, flops, seconds, figures)
+        return finish(fitted, folder, figures, search)
+
+
+def train(cfg: DictConfig, folder: Path) -> Fitted:
+    """Fit what `cfg` describes; when memory runs out, go on with half the batch, accumulated to the same step."""
+    keep = bool(cfg.resume)
+    if keep:
+        cfg = remembered(cfg, folder)
+    while True:
+        if not keep and is_main_process():
+            write_atomic(folder / "config.yaml", lambda p, c=cfg: OmegaConf.save(c, p, resolve=True))
+        try:
+            return _train_once(cfg, folder)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            cfg = smaller_batch(cfg, folder, error)
+        gc.collect()  # the failed attempt's tensors hang on the traceback until here
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        keep = True
+
+
+def _train_once(cfg: DictConfig, folder: Path) -> Fitted:
+    L.seed_everything(cfg.seed, verbose=False)
+    torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    data = build_data(cfg)
+    cfg, protocol = settle(cfg, data)
+    task, factories = build_task(cfg, data)
+    budget = Budget.of(protocol, task)
+    if is_main_process():
+        print_slots(cfg.task.name, factories)
+        print(f"protocol {describe(protocol)}", flush=True)
+    trainer = build_trainer(cfg, task, folder, [budget])
+    flops = count_flops(task.model, *task.example_inputs())
+    began = time.perf_counter()
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None)
+    seconds = time.perf_counter() - began
+    budget.report(protocol, trainer)
+    values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    valid = {k.removeprefix("valid/"): v for k, v in values.items() if k.startswith("valid/")}
+    return Fitted(
+        cfg, data, task, factories, trainer, protocol, flops, seconds, _best_valid(trainer) or valid
+    )
 
 
 def finish(
-    cfg: DictConfig,
-    folder: Path,
-    data: Any,
-    task: ZooTask,
-    factories: dict[str, AttentionFactory],
-    trainer: L.Trainer,
-    flops: float,
-    seconds: float,
-    figures: list[Path],
+    fitted: Fitted, folder: Path, figures: list[Path], search: dict[str, Any] | None
 ) -> dict[str, Any]:
     """After the test: baselines, weights, result.json and the printed table."""
+    cfg, data, task, trainer = fitted.cfg, fitted.data, fitted.task, fitted.trainer
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    test = {k.removeprefix("test/"): v for k, v in values.items() if k.startswith("test/")}
-    valid = {k.removeprefix("valid/"): v for k, v in values.items() if k.startswith("valid/")}
-    valid = _best_valid(trainer) or valid
     speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
     result = {
         "task": cfg.task.name,
         "model": cfg.model.name,
         "data": cfg.data.name,
         "attention": cfg.attention.name,
-        "slots": slot_table(factories),
+        "slots": slot_table(fitted.factories),
         "seed": cfg.seed,
-        "protocol": cfg.protocol,
+        "protocol": fitted.protocol["name"],
+        "protocol_detail": fitted.protocol,
+        "search": search,
         "monitor": task.monitor,
         "mode": task.mode,
         "headline": list(getattr(task, "headline", ())),
-        "test": test,
-        "valid": valid,
+        "test": {k.removeprefix("test/"): v for k, v in values.items() if k.startswith("test/")},
+        "valid": fitted.valid,
         "baselines": {} if cfg.trainer.fast_dev_run else data.baselines(),
         "cost": {
             "parameters": sum(p.numel() for p in task.model.parameters()),
-            "flops": flops,
+            "flops": fitted.flops,
             "state_size": task.state_size() if hasattr(task, "state_size") else None,
             "peak_memory_mib": peak_memory_mib(),
             "samples_per_s": speed.samples / speed.seconds if speed.seconds else None,
-            "train_seconds": seconds,
+            "train_seconds": fitted.seconds,
         },
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "out_of_memory": OmegaConf.to_container(cfg.get("out_of_memory") or OmegaConf.create([])),
         "skipped": dict(getattr(data, "skipped", {}) or {}),
         "split": data.split_record() if hasattr(data, "split_record") else {},
         "versions": versions(),
@@ -122,95 +162,14 @@ def finish(
         "command": command(),
     }
     result["figures"] = [str(Path(f).relative_to(folder)) for f in figures]
-    save_weights(folder / "weights.safetensors", task.model, make_card(cfg, data, task, factories, result))
+    card = make_card(cfg, data, task, fitted.factories, result)
+    save_weights(folder / "weights.safetensors", task.model, card)
     for logger in trainer.loggers:
         if hasattr(logger, "log_run_extras"):
             logger.log_run_extras(figures, result, folder)
     write_json(folder / "result.json", result)
     print_result(result, folder)
     return result
-
-
-def build_data(cfg: DictConfig) -> Any:
-    """The data module, prepared and set up."""
-    options = plain(cfg.data)
-    name = options.pop("name")
-    cls = get_data(name)
-    kind = get_task(cfg.task.kind).data_kind
-    if kind and cls.kind != kind:
-        raise ConfigError(f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}")
-    # data.seed shifts the order and augmentation of a run; it is 0 unless the user wants the same weights on another order.
-    options["seed"] = cfg.seed + (options.get("seed") or 0)
-    check_options(f"data {name!r}", cls, options)
-    data = cls(**options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
-def build_task(cfg: DictConfig, data: Any) -> tuple[ZooTask, dict[str, AttentionFactory]]:
-    """Model and LightningModule, and which attention fills which slot."""
-    cls = get_task(cfg.task.kind)
-    options = {k: v for k, v in plain(cfg.task).items() if k not in ("name", "kind")}
-    check_options(f"task {cfg.task.name!r}", cls, options)
-    arguments = {**plain(cfg.model), **cls.model_arguments(data)}
-    name = arguments.pop("name")
-    model_cls = get_model(name)
-    attention = plain(cfg.attention)
-    switches = {k: attention.pop(k, False) for k in ("strict", "allow_order")}
-    overrides = {
-        key.removesuffix("_attention"): plain(value)
-        for key, value in cfg.items()
-        if key.endswith("_attention") and value is not None
-    }
-    factories = resolve_slots(
-        model_cls.slots(**arguments), attention, overrides, task=cfg.task.name, **switches
-    )
-    model = build_model(name, attention=factories, **arguments)
-    # What rebuilds this very model from its card.
-    model.build_arguments = {"name": name, "options": arguments}
-    return cls(model, data, **options), factories
-
-
-def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path) -> L.Trainer:
-    options = plain(cfg.trainer)
-    for ours in ("matmul_precision", "threads"):
-        options.pop(ours)
-    return L.Trainer(
-        **options,
-        default_root_dir=folder,
-        logger=build_loggers(cfg, folder),
-        callbacks=build_callbacks(
-            task, folder, cfg.seed, terminal=sys.stdout.isatty(), **plain(cfg.callbacks)
-        ),
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-        enable_progress_bar=_wants_bar(cfg),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-    )
-
-
-def _wants_bar(cfg: DictConfig) -> bool:
-    progress = cfg.callbacks.progress
-    return progress == "bar" or (progress == "auto" and sys.stdout.isatty())
-
-
-def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """metrics.csv always, and the logger that the user chose beside it."""
-    loggers: list[Logger] = [MetricsCsv(folder)]
-    options = plain(cfg.logger)
-    name = options.pop("name")
-    if name == "wandb":
-        from tasks.engine.wandb_logger import build_wandb
-
-        loggers.append(build_wandb(cfg, folder, options))
-    elif name == "tensorboard":
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-    elif name != "csv":
-        raise ConfigError(f"logger.name={name!r}: choose csv, wandb or tensorboard")
-    return loggers
 
 
 def load_best(task: ZooTask, path: Path) -> None:
@@ -251,10 +210,6 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def plain(node: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(node, resolve=True) if node is not None else {}
 
 
 def _best_valid(trainer: L.Trainer) -> dict[str, float]:
