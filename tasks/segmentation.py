@@ -136,13 +136,15 @@ def segmentation_losses(
     """
     keep = target != VOID
     count = keep.sum().clamp(min=1)
-    total = F.cross_entropy(
-        logits, target, ignore_index=VOID, reduction="sum", label_smoothing=label_smoothing
-    )
+    log_share = logits.log_softmax(1)
+    total = F.nll_loss(log_share, target, ignore_index=VOID, reduction="sum")
+    if label_smoothing:
+        even = -(log_share.mean(1) * keep).sum()
+        total = (1 - label_smoothing) * total + label_smoothing * even
     terms = {"cross_entropy": total / count}
     if dice_weight:
         k = logits.shape[1]
-        probability = logits.softmax(1) * keep[:, None]
+        probability = log_share.exp() * keep[:, None]
         truth = target.masked_fill(~keep, 0)[:, None]
         inside = probability.gather(1, truth)[:, 0]  # [B, H, W]: share given to the true class
         flat = truth.flatten()

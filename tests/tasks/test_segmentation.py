@@ -41,6 +41,12 @@ def test_losses_equal_a_dense_computation():
     assert torch.allclose(found["dice"], 2 * (1 - score[:3]).mean(), atol=1e-5)
 
 
+def test_smoothed_labels_equal_torch():
+    logits, target = torch.randn(2, 4, 5, 6), torch.randint(4, (2, 5, 6))
+    found = segmentation_losses(logits, target, dice_weight=0.0, label_smoothing=0.2)
+    assert torch.allclose(found["cross_entropy"], F.cross_entropy(logits, target, label_smoothing=0.2))
+
+
 def test_void_pixels_have_no_influence():
     logits, target = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(3, (2, 4, 4))
     target[1] = 255

@@ -106,16 +106,18 @@ class UperNetHead(nn.Module):
     is pooled (PSPNet), and levels are added from coarse to fine. Paper: UPerNet, arXiv:1807.10221.
     Differs from it in: stem maps join the level of their resolution; levels are convolved at their own resolution
     and added (as in Panoptic FPN, arXiv:1901.02446) instead of being concatenated at the finest one, where one
-    convolution would cost more than the transformer; no auxiliary head.
+    convolution would cost more than the transformer; the classifier gives each pixel of a cell its own logits
+    (sub-pixel convolution, arXiv:1609.05158) instead of interpolating between cells; no auxiliary head.
 
     Args:
         dim: Width of the tokens.
         classes: Number of logits.
         width: Channels of the pyramid.
         stem: Channels of the stem's maps from fine to coarse; the last one has the tokens' resolution.
+        cell: Pixels of the image per place of the finest level, along each axis.
     """
 
-    def __init__(self, dim: int, classes: int, *, width: int, stem: Sequence[int]) -> None:
+    def __init__(self, dim: int, classes: int, *, width: int, stem: Sequence[int], cell: int) -> None:
         super().__init__()
         self.up4 = nn.Sequential(
             nn.ConvTranspose2d(dim, width, 2, 2),
@@ -133,7 +135,8 @@ class UperNetHead(nn.Module):
             for c, level in zip(stem, self.levels, strict=True)
         )
         self.smooth = nn.ModuleList(ConvUnit(width, width) for _ in range(3))
-        self.classifier = nn.Conv2d(width, classes, 1)
+        self.classifier = nn.Conv2d(width, classes * cell**2, 1)
+        self.cell = cell
 
     def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
         maps = [map_of(f, grid) for f in features]
@@ -150,7 +153,7 @@ class UperNetHead(nn.Module):
             out = levels[i] + resize(out, levels[i].shape[-2:])
             smooth = self.smooth[i](out)
             total = smooth if total is None else smooth + resize(total, smooth.shape[-2:])
-        return self.classifier(total)
+        return F.pixel_shuffle(self.classifier(total), self.cell)
 
 
 class EncoderOnlyHead(nn.Module):

@@ -126,7 +126,9 @@ class Segmenter(nn.Module):
         elif head == "macmd":
             self.head = MacmdHead(dim, num_classes, width=head_width, stem=widths)
         else:
-            self.head = UperNetHead(dim, num_classes, width=head_width, stem=widths)
+            self.head = UperNetHead(
+                dim, num_classes, width=head_width, stem=widths, cell=max(1, patch_size // 4)
+            )
         taps = sorted(max(0, -(-depth * k // 4) - 1) for k in (1, 2, 3, 4))
         self.taps = tuple(taps)
         self.reset_parameters()
@@ -176,7 +178,7 @@ class Segmenter(nn.Module):
         outputs = []
         for i, block in enumerate(self.blocks):
             if self.prefix and i == self.first_joint:
-                x = torch.cat((self.head.queries.expand(len(x), -1, -1), x), 1)
+                x = torch.cat((self.head.queries.expand(x.shape[0], -1, -1), x), 1)
                 grid = Grid(shape, self.prefix)
             x = block(x, grid=grid)
             outputs.extend([x] * self.taps.count(i))
