@@ -5,8 +5,11 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 ``S_t = diag(e^{log_g_t}) S_{t-1} + e^{log_i_t} k_t v_t^T``, ``o_t = q_t S_t`` (inclusive) or ``q_t diag(e^{log_g_t}) S_{t-1}`` (exclusive: all
 but the key's own term). With ``normalizer="denom"`` divided by the same sum of weights, with "mlstm" by the larger of its size and 1.
 
+The exponential input gate needs no scan of its own: in units of a running maximum it becomes a smaller decay and smaller keys
+(``_stabilise``).
+
 Implementations: ``reference`` goes step by step; ``torch`` works in chunks and is differentiable any number of times; ``triton`` has
-kernels for scans with scalar or no decay, whose gradients are scans again (see ``triton.py`` and ``ops.py``).
+kernels whose gradients are scans again (see ``triton.py`` and ``ops.py``).
 
 Sources: GLA, arXiv 2312.06635 (vector gates, chunk form); mLSTM, arXiv 2405.04517 and 2503.14376 (``log_i``, stabiliser). Reading at
 ``positions``, the exclusive read and the final state for cross attention are this project's.
@@ -14,7 +17,8 @@ Sources: GLA, arXiv 2312.06635 (vector gates, chunk form); mLSTM, arXiv 2405.045
 
 from typing import NamedTuple
 
-from torch import Tensor, cat, float16, maximum, zeros_like
+import torch.nn.functional as F
+from torch import Tensor, cat, maximum, no_grad, zeros_like
 
 from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dtype
 from kernels._common.choice import choose
@@ -91,9 +95,7 @@ def decay_scan(
     _check(op, q, k, log_g, log_i, normalizer, read)
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
-    impl = choose(
-        op, impl, q, k, v, triton_gap=_gap(log_g, log_i, normalizer, initial_state, return_state, v)
-    )
+    impl = choose(op, impl, q, k, v)
     dtype, work = v.dtype, work_dtype(v.dtype)
     k, v, log_g, log_i = drop_keys(key_mask, (k, 0.0), (v, 0.0), (log_g, 0.0), (log_i, float("-inf")))
     if impl != "triton":
@@ -110,15 +112,9 @@ def decay_scan(
     start, start_max = (None, None) if initial_state is None else initial_state
     exponent = state_max = None
     if k.shape[2] == 0:
-        o = v
-        state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if start is None else start
+        o, exponent = v, log_i
+        state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=work) if start is None else start
         state_max = start_max
-        exponent = None if log_i is None else log_i
-    elif impl == "triton":
-        from kernels.decay import ops
-
-        o = ops.scan(q, k, v, log_g, read == "inclusive")
-        state = None
     elif impl == "reference":
         # Unscaled: the reference keeps no maximum. An incoming state is brought to its true size.
         if start is not None and start_max is not None:
@@ -127,9 +123,21 @@ def decay_scan(
         if log_i is not None:
             exponent, state_max = zeros_like(log_i), zeros_like(log_i[:, :, 0])
     else:
-        o, exponent, state, state_max = torch_path.scan(
-            q, k, v, log_g=log_g, log_i=log_i, read=read, initial=start, initial_max=start_max, chunk=chunk
-        )
+        steps = k.shape[2]
+        if log_i is not None:
+            if read == "exclusive":
+                q, k, v, log_g, log_i = _one_later(q, k, v, log_g, log_i)
+            k, log_g, exponent = _stabilise(k, log_g, log_i, start_max)
+            state_max = exponent[:, :, -1]
+        inclusive = read == "inclusive" or log_i is not None
+        if impl == "triton":
+            from kernels.decay import ops
+
+            wide = normalizer != "none" or log_i is not None
+            o, state = ops.scan(q, k, v, log_g, start, inclusive, wide)
+        else:
+            o, state = torch_path.scan(q, k, v, log_g=log_g, inclusive=inclusive, initial=start, chunk=chunk)
+        o, exponent = o[:, :, :steps], None if exponent is None else exponent[:, :, :steps]
     o = back(o)
     exponent = None if exponent is None else back(exponent[..., None])
     if reverse:
@@ -137,6 +145,31 @@ def decay_scan(
         exponent = None if exponent is None else exponent.flip(2)
     out = _finish(o, exponent, normalizer, dtype)
     return (out, DecayState(state, state_max)) if return_state else out
+
+
+def _one_later(q, k, v, log_g, log_i):
+    """An exclusive read as an inclusive one: every key is written a step later, decayed by that step's gate. One step longer."""
+    behind = lambda t: None if t is None else F.pad(t, (0, 0) * (t.dim() - 3) + (0, 1))
+    q, log_g = behind(q), behind(log_g)
+    k, v = (F.pad(t, (0, 0, 1, 0)) for t in (k, v))
+    log_i = F.pad(log_i, (1, 0), value=float("-inf"))
+    return q, k, v, log_g, log_i if log_g is None else log_i + log_g
+
+
+def _stabilise(k: Tensor, log_g: Tensor | None, log_i: Tensor, start_max: Tensor | None):
+    """Keys and gates of the scan in units of e^m, and m [B, H, M].
+
+    m_t, the largest ``c_t - c_j + log_i_j`` so far and at least 0, obeys ``m_t >= log_g_t + m_{t-1}``: the new gate
+    ``log_g_t + m_{t-1} - m_t`` and the new input gate ``log_i_t - m_t`` are at most zero. m cancels in exact arithmetic, so no
+    gradient passes through it.
+    """
+    with no_grad():
+        cum = zeros_like(log_i) if log_g is None else log_g.cumsum(-1)
+        start = log_i.new_zeros(log_i.shape[:2]) if start_max is None else start_max
+        best = maximum((log_i - cum).cummax(-1).values, start[..., None])
+        top = (cum + best).clamp(min=0)
+        fall = cat((start[..., None], top[..., :-1]), -1) - top
+    return (k * (log_i - top).exp()[..., None]).to(k.dtype), fall if log_g is None else log_g + fall, top
 
 
 def _finish(o: Tensor, exponent: Tensor | None, normalizer: str, dtype):
@@ -266,16 +299,3 @@ def _check(op, q, k, log_g, log_i, normalizer, read) -> None:
             )
         if normalizer == "denom":
             raise ValueError(f"{op}: normalizer 'denom' is not defined with log_i; use 'mlstm'")
-
-
-def _gap(log_g, log_i, normalizer, initial_state, return_state, v) -> str | None:
-    """What the Triton kernels lack for this call."""
-    if log_i is not None:
-        return "an exponential input gate"
-    if initial_state is not None or return_state:
-        return "states going in or out"
-    if normalizer != "none" and v.dtype == float16:
-        return "sums of weights in float16, which they may leave"
-    if log_g is not None and log_g.dim() == 4:
-        return "decay per channel"
-    return None

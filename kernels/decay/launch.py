@@ -14,6 +14,9 @@ from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.decay import triton as tk
 
+# Rows of the blocks inside a chunk whose gates per channel are taken relative to one row: the least a matrix product takes.
+BLOCK = 16
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -29,10 +32,11 @@ class Tiles:
 def tiles(dtype: str, d: int, e: int) -> Tiles:
     """The same table serves launches and the compile gate; TF32 products take smaller tiles and one stage."""
     widest = 64 if dtype == "bfloat16" else 32
+    be = min(widest, _pow2(e))
+    if be > 32 and -e % be >= be // 2:
+        be //= 2  # 65 value channels (one of them a sum of weights) fill three tiles of 32, not two of 64
     # Eight warps for the wide tiles: with four, ptxas puts a case on the stack (sm_100, D 128).
-    if dtype == "bfloat16":
-        return Tiles(widest, min(widest, _pow2(d)), min(widest, _pow2(e)), 8, 1)
-    return Tiles(widest, min(widest, _pow2(d)), min(widest, _pow2(e)), 4, 1)
+    return Tiles(widest, min(widest, _pow2(d)), be, 8 if dtype == "bfloat16" else 4, 1)
 
 
 def _pow2(n: int) -> int:
@@ -48,40 +52,118 @@ def dot_type(dtype: str, backend: str) -> tuple[str, str]:
     return "float32", "tf32x3" if dtype == "float32" else "tf32"
 
 
+def _lowest(*tensors: Tensor) -> str:
+    """The least exact type among the inputs: gradients may come in float32 beside half-precision inputs."""
+    have = {str(t.dtype)[6:] for t in tensors}
+    return next(name for name in ("bfloat16", "float16", "float32") if name in have)
+
+
+def _products(dtype: str) -> tuple[str, str]:
+    if interpreting():
+        # bf16 products are wrong in the interpreter (triton issue 11584).
+        return "float32", "ieee"
+    return dot_type(dtype, "hip" if torch.version.hip else "cuda")
+
+
 def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device=like.device, dtype=dtype)
 
 
-def scan(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, inclusive: bool) -> Tensor:
-    """q, k [B, H, N, D], v [B, H, N, E], log_g [B, H, N] float32 or None -> [B, H, N, E] in the dtype of ``v``."""
+def _device(t: Tensor):
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _cumulative(log_g: Tensor, chunks: int, bt: int) -> Tensor:
+    """[B, H, N] or [B, H, N, W] to running sums inside each chunk of ``bt`` steps, filled up with zeros."""
+    pad = (0, 0) * (log_g.dim() - 3) + (0, chunks * bt - log_g.shape[2])
+    return F.pad(log_g, pad).unflatten(2, (chunks, bt)).cumsum(3).contiguous()
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    initial: Tensor | None,
+    inclusive: bool,
+    values: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, N, E] and the last state [B, H, D, E]; arguments as in ``ops.decay_scan_fwd``."""
     b, h, n, d = q.shape
     e = v.shape[-1]
-    out = _new(v, b, h, n, e, dtype=v.dtype)
+    out = _new(v, b, h, n, e, dtype=torch.float32 if wide else v.dtype)
     if 0 in (b, h, n, d, e):
-        return out.zero_()
-    dtype = str(q.dtype)[6:]
+        last = _new(v, b, h, d, e)
+        return out.zero_(), last.zero_() if initial is None else last.copy_(initial)
+    dtype = _lowest(q, k, v)
     t = tiles(dtype, d, e)
-    dot, precision = dot_type(dtype, "hip" if torch.version.hip else "cuda")
-    if interpreting():
-        # bf16 products are wrong in the interpreter (triton issue 11584).
-        dot, precision = "float32", "ieee"
+    dot, precision = _products(dtype)
     chunks = triton.cdiv(n, t.bt)
-    if log_g is None:
-        cum = torch.zeros(b, h, chunks, t.bt, device=q.device, dtype=torch.float32)
-    else:
-        cum = F.pad(log_g, (0, chunks * t.bt - n)).unflatten(-1, (chunks, t.bt)).cumsum(-1).contiguous()
+    gate = "none" if log_g is None else "scalar" if log_g.dim() == 3 else "values" if values else "keys"
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    states = _new(q, b * h, chunks, d, e)
+    cum = q if log_g is None else _cumulative(log_g, chunks, t.bt)
+    states = _new(q, b * h, chunks + 1, d, e)
     sizes = (n, d, e, chunks)
-    common = dict(BT=t.bt, BD=t.bd, BE=t.be, DOT=tk.DOT_TYPES[dot], PRECISION=precision)
+    products = dict(DOT=tk.DOT_TYPES[dot], PRECISION=precision)
     run = dict(num_warps=t.warps, num_stages=t.stages)
-    where = torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext()
-    tiles_d, tiles_e = triton.cdiv(d, t.bd), triton.cdiv(e, t.be)
-    with where:
-        tk.decay_state_fwd_kernel[(b * h, tiles_d, tiles_e)](k, v, cum, states, *sizes, **common, **run)
-        tk.decay_out_fwd_kernel[(b * h, chunks, tiles_e)](
-            q, k, v, cum, states, out, *sizes, INCLUSIVE=inclusive, **common, **run
-        )
+    tiles_d, tiles_e, blocks = triton.cdiv(d, t.bd), triton.cdiv(e, t.be), t.bt // BLOCK
+    with _device(q):
+        tk.decay_state_fwd_kernel[(b * h, tiles_d, tiles_e)](
+            k, v, cum, q if initial is None else initial.contiguous(), states, *sizes,
+            GATE=gate, HAS_START=initial is not None, BT=t.bt, BD=t.bd, BE=t.be, **products, **run,
+        )  # fmt: skip
+        if gate == "values":
+            tk.decay_values_fwd_kernel[(b * h, chunks * blocks, tiles_e)](
+                q, k, v, cum, q, states, out, *sizes,
+                INCLUSIVE=inclusive, HAS_A=False, BT=t.bt, BB=BLOCK, BD=t.bd, BE=t.be, **products, num_warps=4, num_stages=1,
+            )  # fmt: skip
+        else:
+            weights = q
+            if gate == "keys":
+                weights = _new(q, b * h, chunks, t.bt, t.bt, dtype=getattr(torch, dot))
+                tk.decay_scores_fwd_kernel[(b * h, chunks, blocks)](
+                    q, k, cum, weights, n, d, chunks,
+                    INCLUSIVE=inclusive, BT=t.bt, BB=BLOCK, BD=min(32, t.bd), **products, num_warps=4, num_stages=1,
+                )  # fmt: skip
+            tk.decay_out_fwd_kernel[(b * h, chunks, tiles_e)](
+                q, k, v, cum, weights, states, out, *sizes,
+                GATE=gate, INCLUSIVE=inclusive, BT=t.bt, BD=t.bd, BE=t.be, **products, **run,
+            )  # fmt: skip
+    return out, states[:, -1].view(b, h, d, e).clone()
+
+
+def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool) -> Tensor:
+    """Weights inside chunks: q, k, cum [L, T, D] float32, T a power of two from 16 on -> [L, T, T]."""
+    length, t, d = q.shape
+    out = _new(q, length, t, t)
+    if 0 in (length, d):
+        return out.zero_()
+    dot, precision = _products("float32")
+    with _device(q):
+        tk.decay_scores_fwd_kernel[(length, 1, t // BLOCK)](
+            q.contiguous(), k.contiguous(), cum.contiguous(), out, t, d, 1,
+            INCLUSIVE=inclusive, BT=t, BB=BLOCK, BD=min(32, _pow2(d)),
+            DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return out
+
+
+def mix(weights: Tensor, v: Tensor, cum: Tensor, inclusive: bool) -> Tensor:
+    """``o_re = sum_{i <= r} w_ri v_ie e^{cum_re - cum_ie}``: weights [L, T, T], v, cum [L, T, E] float32 -> [L, T, E]."""
+    length, t, e = v.shape
+    out = _new(v, length, t, e)
+    if 0 in (length, e):
+        return out.zero_()
+    dot, precision = _products("float32")
+    v = v.contiguous()
+    be = tiles("float32", e, e).be
+    with _device(v):
+        tk.decay_values_fwd_kernel[(length, t // BLOCK, triton.cdiv(e, be))](
+            v, v, v, cum.contiguous(), weights.contiguous(), v, out, t, 1, e, 1,
+            INCLUSIVE=inclusive, HAS_A=True, BT=t, BB=BLOCK, BD=16, BE=be,
+            DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=4, num_stages=1,
+        )  # fmt: skip
     return out
 
 
@@ -90,24 +172,47 @@ _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
-    """Both kernels; the outputs in their inclusive and exclusive form."""
+    """Every kernel for each kind of gate; "grad" is a launch of the backward of a wide output: a float32 gradient among the inputs."""
     t = tiles(dtype, dim, dim)
     dot, precision = dot_type(dtype, target.backend)
     item, rows = 4 if dtype == "float32" else 2, GATE_BATCH * GATE_HEADS * GATE_LENGTH
     shape = f"B{GATE_BATCH} H{GATE_HEADS} N{GATE_LENGTH} D{dim}"
-    states = rows // t.bt * dim * dim * 4
-    consts = dict(BT=t.bt, BD=t.bd, BE=t.be, DOT=tk.DOT_TYPES[dot], PRECISION=precision)
-    data = {name: _SHORT[dtype] for name in ("Q", "K", "V", "O")} | {"CUM": "fp32", "S": "fp32"}
-    only = lambda kernel: {n: kind for n, kind in data.items() if n in kernel.arg_names}
-    state = Cost(2.0 * rows * dim * dim, float(rows * dim * item * 2 + states))
-    out = Cost(rows * (2.0 * dim * dim + 4.0 * t.bt * dim), float(rows * dim * item * 4 + states))
-    rest = (t.warps, t.stages, True)
-    unaligned = ("N", "CHUNKS")
-    kernel = tk.decay_state_fwd_kernel
-    yield GateCase(kernel, "state", only(kernel), consts, *rest, state, shape, unaligned)
-    kernel = tk.decay_out_fwd_kernel
+    data = {name: _SHORT[dtype] for name in ("Q", "K", "V", "O")} | {
+        "CUM": "fp32",
+        "S": "fp32",
+        "START": "fp32",
+    }
+    data["A"] = _SHORT[dot]
+    size = dict(BT=t.bt, BD=t.bd, BE=t.be, BB=BLOCK, DOT=tk.DOT_TYPES[dot], PRECISION=precision)
+    states = float(rows // t.bt * dim * dim * 4)
+    inside, dense, tensor = 2.0 * rows * t.bt * dim, 2.0 * rows * dim * dim, float(rows * dim * item)
+
+    def case(kernel, variant: str, work: Cost, pointers: dict = {}, **consts) -> GateCase:  # noqa: B006
+        small = kernel in (tk.decay_scores_fwd_kernel, tk.decay_values_fwd_kernel)
+        names = kernel.arg_names
+        consts = {n: v for n, v in (size | consts).items() if n in names}
+        types = {n: kind for n, kind in (data | pointers).items() if n in names}
+        return GateCase(
+            kernel, variant, types, consts, 4 if small else t.warps, t.stages, True, work, shape, ("N", "CHUNKS")
+        )  # fmt: skip
+
+    for gate in ("none", "scalar", "keys", "values"):
+        work = Cost(dense, 2 * tensor + states)
+        yield case(tk.decay_state_fwd_kernel, gate, work, GATE=gate, HAS_START=gate == "keys")
     for inclusive in (True, False):
         variant = "inclusive" if inclusive else "exclusive"
-        yield GateCase(
-            kernel, variant, only(kernel), consts | {"INCLUSIVE": inclusive}, *rest, out, shape, unaligned
-        )
+        work = Cost(inside, 3 * tensor)
+        yield case(tk.decay_scores_fwd_kernel, variant, work, INCLUSIVE=inclusive, BD=min(32, t.bd))
+        for gate in ("none", "scalar", "keys"):
+            work = Cost(dense + 2 * inside, 4 * tensor + states)
+            yield case(
+                tk.decay_out_fwd_kernel, f"{gate} {variant}", work, GATE=gate, INCLUSIVE=inclusive
+            )  # fmt: skip
+        work = Cost(dense + 2 * inside, 5 * tensor + states)
+        yield case(tk.decay_values_fwd_kernel, variant, work, INCLUSIVE=inclusive, HAS_A=False)
+    if dtype == "float32":
+        yield case(tk.decay_values_fwd_kernel, "given", Cost(inside, 3 * tensor), INCLUSIVE=True, HAS_A=True)
+    else:
+        wide = {"K": "fp32", "O": "fp32"}
+        work = Cost(dense + 2 * inside, 5 * tensor + states)
+        yield case(tk.decay_out_fwd_kernel, "grad", work, wide, GATE="scalar", INCLUSIVE=True)
