@@ -43,9 +43,9 @@ class MqarData(ZooData):
     def __init__(
         self,
         *,
-        vocabulary: int = 256,
+        vocabulary: int = 512,
         length: int = 64,
-        pairs: int = 8,
+        pairs: int = 16,
         power: float = 0.01,
         train_size: int = 20000,
         val_size: int = 1000,

@@ -87,7 +87,7 @@ def test_masked_keys_have_no_gradient_and_empty_rows_give_zeros(name, pattern):
     mask[0, 5:] = False
     mask[1] = False
     context, value, call = module._check_call(
-        arguments[0], arguments[1] if pattern.cross else None, None, mask, None, None, None
+        arguments[0], arguments[1] if pattern.cross else None, None, key_mask=mask
     )
     heads = module.mix(arguments[0], context, value, **call)
     assert heads.isfinite().all()
@@ -262,7 +262,7 @@ def test_map_times_values_is_the_mixing(name, pattern):
     q, k, v = module.project(arguments[0], keys, keys)
     v = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
     context, value, call = module._check_call(
-        arguments[0], keys if pattern.cross else None, None, call.get("key_mask"), None, None, None
+        arguments[0], keys if pattern.cross else None, None, key_mask=call.get("key_mask")
     )
     close(weights @ v, module.attend(q, k, v, **call), 5e-5)
 

@@ -20,15 +20,7 @@ from torch import Tensor, nn
 from kernels import local
 from kernels._common.checks import work_dtype
 from kernels.bidirectional import bidirectional
-from zoo.attention.base import (
-    Attention,
-    BiasFactors,
-    Grid,
-    Pattern,
-    State,
-    merge_heads,
-    split_heads,
-)
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, merge_heads, split_heads
 from zoo.errors import ConfigError
 
 ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "sigmoid": torch.sigmoid}
@@ -201,9 +193,7 @@ class RecurrentAttention(Attention):
     ) -> Tensor:
         if not self.capabilities.has_map:
             raise self._refuse("an attention map", "has_map")
-        context, value, call = self._check_call(
-            x, context, value, **{n: call.get(n) for n in ("key_mask", "bias", "grid", "positions")}
-        )
+        context, value, call = self._check_call(x, context, value, **call)
         q, k, _ = self.project(x, context, value, call["key_mask"])
         return self.weights(q, k, **call)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, _append, split_heads
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, append, split_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -135,7 +135,7 @@ class AffineAttention(Attention):
             return self.output(self._blend(heads, state["mean"], alpha), x_t), state
         q, k_t, v_t = self.project(x_t, x_t, x_t)
         length, total = state["length"] + 1, state["sum"] + v_t
-        k, v = _append(state["k"], k_t, length), _append(state["v"], v_t, length)
+        k, v = append(state["k"], k_t, length), append(state["v"], v_t, length)
         heads = kernel.attention(q, k[:, :, :length], v[:, :, :length])
         heads = self._blend(heads, (total / length).to(v.dtype), alpha)
         return self.output(heads, x_t), {"k": k, "v": v, "length": length, "sum": total}

@@ -11,17 +11,28 @@ is what `tests/attention/test_contract.py` proves.
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from zoo.attention._checks import ContractChecks
+from zoo.attention._mixing import (
+    append,
+    dense_bias,
+    masked_softmax,
+    merge_heads,
+    reorder_state,
+    scaled_scores,
+    split_heads,
+    visible_keys,
+    visible_pairs,
+)
 from zoo.attention.types import BiasFactors, Capabilities, Cost, Grid, Pattern, State
 from zoo.dropout import FastDropout
-from zoo.errors import CapabilityError, ConfigError
+from zoo.errors import ConfigError
 
 
-class Attention(nn.Module):
+class Attention(ContractChecks):
     """Multi-head attention with replaceable mixing.
 
     Args:
@@ -40,9 +51,6 @@ class Attention(nn.Module):
         higher_order: Choose paths that are differentiable twice (PINNs, forces).
         kv_heads: Number of key/value heads; for subclasses that group queries, not a user option.
     """
-
-    name: ClassVar[str] = "?"
-    capabilities: ClassVar[Capabilities]
 
     def __init__(
         self,
@@ -136,6 +144,10 @@ class Attention(nn.Module):
         """The mixing matrix [B, H, N, M] for projected queries and keys; variants with `has_map` define it."""
         raise self._refuse("an attention map", "has_map")
 
+    def raw_scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
+        """Scores [B, H, N, M] before mask and normalisation; variants with `has_scores` define it."""
+        raise self._refuse("scores", "has_scores")
+
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         """FLOPs and bytes of the mixing of one sample with n queries and m keys."""
         raise NotImplementedError
@@ -179,7 +191,9 @@ class Attention(nn.Module):
             CapabilityError: An argument that the variant does not define.
             ConfigError: Shapes that contradict each other.
         """
-        context, value, call = self._check_call(x, context, value, key_mask, bias, grid, positions)
+        context, value, call = self._check_call(
+            x, context, value, key_mask=key_mask, bias=bias, grid=grid, positions=positions
+        )
         return self.output(self.mix(x, context, value, **call), x)
 
     def project(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +219,7 @@ class Attention(nn.Module):
         """
         if not self.capabilities.has_map:
             raise self._refuse("an attention map", "has_map")
-        context, value, call = self._check_call(x, context, value, **_with_defaults(call))
+        context, value, call = self._check_call(x, context, value, **call)
         q, k, _ = self.project(x, context, value)
         return self.weights(q, k, **call)
 
@@ -217,7 +231,11 @@ class Attention(nn.Module):
         Raises:
             CapabilityError: The variant has no scores.
         """
-        raise self._refuse("scores", "has_scores")
+        if not self.capabilities.has_scores:
+            raise self._refuse("scores", "has_scores")
+        context, value, call = self._check_call(x, context, value, **call)
+        q, k, _ = self.project(x, context, value)
+        return self.raw_scores(q, k, call["bias"])
 
     def cost(self, n: int, m: int | None = None) -> Cost:
         """Analytic cost of n queries against m keys (n when left out)."""
@@ -269,124 +287,10 @@ class Attention(nn.Module):
             return self.output(heads, x_t), state
         q, k_t, v_t = self.project(x_t, x_t, x_t)
         length = state["length"] + 1
-        k = _append(state["k"], k_t, length)
-        v = _append(state["v"], v_t, length)
+        k = append(state["k"], k_t, length)
+        v = append(state["v"], v_t, length)
         heads = self.attend(q, k[:, :, :length], v[:, :, :length])
         return self.output(heads, x_t), {"k": k, "v": v, "length": length}
-
-    # ---------------------------------------------------------------- checks
-
-    def _refuse(self, what: str, capability: str) -> CapabilityError:
-        from zoo.attention.registry import list_attention
-
-        able = ", ".join(list_attention(**{capability: True})) or "none yet"
-        return CapabilityError(f"attention {self.name!r} has no {what}; variants that do: {able}")
-
-    def _check_streaming(self) -> None:
-        if not self.capabilities.streaming:
-            raise self._refuse("step-by-step form", "streaming")
-        if self.pattern not in (Pattern.CAUSAL_SELF, Pattern.CROSS):
-            raise CapabilityError(
-                f"attention {self.name!r} was built for pattern {self.pattern.value!r}; step-by-step decoding is "
-                "defined for 'causal_self' and 'cross'"
-            )
-
-    def _check_construction(self, context_dim: int | None, dropout: float) -> None:
-        from zoo.attention.registry import list_attention
-
-        can = self.capabilities
-        if self.pattern not in can.patterns:
-            able = ", ".join(list_attention(pattern=self.pattern))
-            raise CapabilityError(
-                f"attention {self.name!r} does not define pattern {self.pattern.value!r} "
-                f"(it defines {', '.join(sorted(can.patterns))}); variants that do: {able}"
-            )
-        if not self.ordered and can.needs_order(self.pattern):
-            able = ", ".join(list_attention(pattern=self.pattern, order_sensitive=False))
-            raise CapabilityError(
-                f"attention {self.name!r} depends on the order of its tokens, which this slot's tokens do not have; "
-                f"variants for sets: {able}; or set attention.allow_order=true to use the order given"
-            )
-        if self.higher_order and not can.double_backward:
-            able = ", ".join(list_attention(pattern=self.pattern, double_backward=True))
-            raise CapabilityError(
-                f"attention {self.name!r} has no second derivative; variants that do: {able}"
-            )
-        if can.fixed_length and self.length is None:
-            raise ConfigError(f"attention {self.name!r} needs a fixed length; give length=<number of keys>")
-        if can.needs_grid and self.grid is None:
-            raise CapabilityError(
-                f"attention {self.name!r} needs the tokens' grid (axes: {', '.join(map(str, can.grid_dims))}), which "
-                "this slot does not have; give grid=Grid((rows, columns)) or choose a variant without one"
-            )
-        if self.grid is not None and can.needs_grid and len(self.grid.shape) not in can.grid_dims:
-            raise CapabilityError(
-                f"attention {self.name!r} takes grids of {', '.join(map(str, can.grid_dims))} axes, not "
-                f"{len(self.grid.shape)}"
-            )
-        if context_dim is not None and not self.pattern.cross:
-            raise ConfigError(
-                f"context_dim={context_dim} has no meaning for pattern {self.pattern.value!r}; use pattern='cross'"
-            )
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"dropout={dropout} is outside [0, 1)")
-
-    def _check_call(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        value: Tensor | None,
-        key_mask: Tensor | None,
-        bias: Tensor | BiasFactors | None,
-        grid: Grid | None,
-        positions: Tensor | None,
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        can, label = self.capabilities, f"attention {self.name!r}"
-        if self.pattern.cross == (context is None):
-            rule = "needs context [B, M, Cc]" if self.pattern.cross else "takes no context"
-            raise ConfigError(f"{label}, pattern {self.pattern.value!r}: {rule}")
-        keys = x if context is None else context
-        if self.separate_value == (value is None):
-            rule = "was built with value_dim and needs value" if self.separate_value else "has no value_dim"
-            raise ConfigError(f"{label} {rule}")
-        values = keys if value is None else value
-        n, m = x.shape[1], keys.shape[1]
-        if values.shape[1] != m:
-            raise ConfigError(f"{label}: value has {values.shape[1]} tokens, the keys have {m}")
-        if key_mask is not None:
-            if not can.key_mask:
-                raise self._refuse("key mask", "key_mask")
-            if key_mask.dtype != torch.bool or tuple(key_mask.shape) != (x.shape[0], m):
-                raise ConfigError(
-                    f"{label}: key_mask must be bool [B, M] = [{x.shape[0]}, {m}], True = attend; got "
-                    f"{key_mask.dtype} {list(key_mask.shape)}"
-                )
-        if bias is not None:
-            self._check_bias(bias)
-        if positions is not None and not self.causal:
-            raise ConfigError(f"{label}: positions have no meaning for pattern {self.pattern.value!r}")
-        if can.fixed_length and m != self.length:
-            raise ConfigError(f"{label} was built for {self.length} keys, got {m}")
-        grid = grid or self.grid
-        if grid is not None and not self.pattern.cross and grid.tokens != n:
-            raise ConfigError(f"{label}: grid {grid} has {grid.tokens} tokens, the input has {n}")
-        return keys, values, dict(key_mask=key_mask, bias=bias, grid=grid, positions=positions)
-
-    def _check_bias(self, bias: Tensor | BiasFactors) -> None:
-        from zoo.attention.registry import list_attention
-
-        kind = "factors" if isinstance(bias, BiasFactors) else "key" if bias.shape[-2] == 1 else "full"
-        accepted = {
-            None: (),
-            "key": ("key",),
-            "factors": ("key", "factors"),
-            "full": ("key", "factors", "full"),
-        }
-        if kind not in accepted[self.capabilities.bias]:
-            able = [n for n in list_attention(pattern=self.pattern) if _takes_bias(n, kind)]
-            raise CapabilityError(
-                f"attention {self.name!r} takes no {kind} bias; variants that do: {', '.join(able)}"
-            )
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -394,63 +298,6 @@ class Attention(nn.Module):
         common = set(inspect.signature(Attention.__init__).parameters)
         parameters = inspect.signature(cls.__init__).parameters
         return {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in common}
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H*D] -> [B, H, N, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, N, E] -> [B, N, H*E]."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def reorder_state(state: State, index: Tensor) -> State:
-    """Pick batch rows of a decoding state, as beam search does; nested states too."""
-
-    def pick(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return item.index_select(0, index)
-        if isinstance(item, dict):
-            return reorder_state(item, index)
-        if isinstance(item, tuple):
-            parts = [pick(part) for part in item]
-            return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
-        return [pick(part) for part in item] if isinstance(item, list) else item
-
-    return {key: pick(item) for key, item in state.items()}
-
-
-def visible_keys(n: int, m: int, positions: Tensor | None, device: torch.device | None = None) -> Tensor:
-    """Causal visibility, bool [N, M] or [B, 1, N, M]: True where query i may see key j."""
-    keys = torch.arange(m, device=device)
-    if positions is None:
-        return keys[None, :] <= torch.arange(n, device=device)[:, None] + (m - n)
-    visible = keys <= positions[..., None].to(keys.device)
-    return visible if positions.dim() == 1 else visible[:, None]
-
-
-def _append(cache: Tensor, item: Tensor, length: int) -> Tensor:
-    """Write `item` at `length - 1` of a buffer [B, H, capacity, D] that doubles when it is full."""
-    if cache.shape[2] < length:
-        room = cache.new_zeros(*cache.shape[:2], max(16, cache.shape[2]), cache.shape[3])
-        cache = torch.cat((cache, room), dim=2)
-    elif torch.is_grad_enabled():
-        cache = cache.clone()
-    cache[:, :, length - 1 : length] = item
-    return cache
-
-
-def _takes_bias(name: str, kind: str) -> bool:
-    from zoo.attention.registry import get_attention
-
-    order = [None, "key", "factors", "full"]
-    return order.index(get_attention(name).capabilities.bias) >= order.index(kind)
-
-
-def _with_defaults(call: dict[str, Any]) -> dict[str, Any]:
-    return {key: call.get(key) for key in ("key_mask", "bias", "grid", "positions")}
 
 
 __all__ = [
@@ -461,8 +308,13 @@ __all__ = [
     "Grid",
     "Pattern",
     "State",
+    "append",
+    "dense_bias",
+    "masked_softmax",
     "merge_heads",
     "reorder_state",
+    "scaled_scores",
     "split_heads",
     "visible_keys",
+    "visible_pairs",
 ]

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear, local, softmax
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, split_heads, visible_keys
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    Pattern,
+    State,
+    masked_softmax,
+    split_heads,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -146,19 +155,14 @@ class BasedAttention(Attention):
         positions: Tensor | None = None,
     ) -> Tensor:
         n, m, w, parts = q.shape[2], k.shape[2], self.window_heads, []
-        visible = q.new_ones(n, m, dtype=torch.bool)
-        if self.causal:
-            visible = visible_keys(n, m, positions, q.device)
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, :]
+        visible = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
         if w:
             places = self._places(n, m, positions, q.device)
             gap = places[..., None] - torch.arange(m, device=q.device)
             near = (gap <= self._sides[0]) & (gap >= -self._sides[1])
             near = near if near.dim() == 2 else near[:, None]
             scores = self._rotated(q, places) @ self._rotated(k, torch.arange(m, device=k.device)).mT
-            scores = (scores * self.head_dim**-0.5).masked_fill(~(visible & near), float("-inf"))
-            parts.append(scores.softmax(-1).nan_to_num(0.0))
+            parts.append(masked_softmax(scores * self.head_dim**-0.5, visible & near))
         if w < self.num_heads:
             s = self._taylor(q, self.down_q) @ self._taylor(k, self.down_k).mT
             series = (1 + s + s.square() / 2).masked_fill(~visible, 0.0)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from kernels import softmax as kernel
 from kernels.softmax.reference import Skip, skipped
-from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    dense_bias,
+    masked_softmax,
+    scaled_scores,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -71,7 +79,7 @@ class BlasstAttention(Attention):
             k,
             v,
             key_mask=key_mask,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            bias=dense_bias(bias),
             causal=self.causal,
             positions=positions,
             skip_threshold=self.factor,
@@ -83,14 +91,9 @@ class BlasstAttention(Attention):
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Any, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [B, H, N, M], visible entries, and visible entries in tiles that stay."""
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
-        visible = torch.ones_like(scores, dtype=torch.bool)
-        if self.causal:
-            visible = visible & visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, :]
+        scores = scaled_scores(q, k, bias)
+        visible = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        visible = visible.expand_as(scores)
         kept = visible & (scores > -torch.inf)
         return (
             scores,
@@ -109,7 +112,7 @@ class BlasstAttention(Attention):
         positions: Tensor | None = None,
     ) -> Tensor:
         scores, _, kept = self._kept(q, k, key_mask, bias, positions)
-        return scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return masked_softmax(scores, kept)
 
     def sparsity(self, q: Tensor, k: Tensor, *, key_mask: Tensor | None = None, bias: Any = None) -> float:
         """Share of the visible entries that the rule skips for these queries and keys."""

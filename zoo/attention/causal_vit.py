@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
+from zoo.attention.base import Attention, BiasFactors, Grid, dense_bias, scaled_scores, visible_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -91,7 +91,7 @@ class CausalVitAttention(Attention):
         prefix = grid is not None and grid.prefix and not self.causal
         plain = a == 1.0 or (a == 0.0 and self.mask_site == "pre" and not prefix)
         if plain:
-            bias = bias.dense() if isinstance(bias, BiasFactors) else bias
+            bias = dense_bias(bias)
             return kernel.attention(
                 q, k, v, key_mask=key_mask, bias=bias, causal=a == 0.0, positions=positions if a == 0.0 else None,
                 higher_order=self.higher_order,
@@ -113,9 +113,7 @@ class CausalVitAttention(Attention):
     ) -> Tensor:
         if key_mask is not None:
             k = k.masked_fill(~key_mask[:, None, :, None], 0.0)
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
+        scores = scaled_scores(q, k, bias)
         earlier = self._earlier(q.shape[2], k.shape[2], grid, positions, q.device)
         soft = torch.where(earlier, 1.0, self.softness).to(scores.dtype)
         if self.mask_site == "pre":

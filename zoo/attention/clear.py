@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels import block_sparse as sparse
-from zoo.attention.base import Attention, BiasFactors, Grid
+from zoo.attention.base import Attention, BiasFactors, Grid, dense_bias, masked_softmax, scaled_scores
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -61,7 +60,7 @@ class ClearAttention(Attention):
             v,
             self._rule(grid or self.grid),
             key_mask=key_mask,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            bias=dense_bias(bias),
             higher_order=self.higher_order,
         )
 
@@ -75,13 +74,10 @@ class ClearAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
         seen = sparse.dense_mask(self._rule(grid or self.grid), q.device)[None, None]
         if key_mask is not None:
             seen = seen & key_mask[:, None, None]
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return masked_softmax(scaled_scores(q, k, bias), seen)
 
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         """Of interior tokens; the disc is cut at borders."""

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from kernels import local
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, visible_keys
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, masked_softmax, visible_pairs
 from zoo.attention.registry import register_attention
 from zoo.errors import CapabilityError, ConfigError
 
@@ -176,13 +176,8 @@ class FlashBiasAttention(Attention):
     ) -> Tensor:
         q, k, bias = _absorb(q, k, bias)
         scores = q @ k.mT if bias is None else q @ k.mT + bias
-        if self.causal:
-            scores = scores.masked_fill(
-                ~visible_keys(q.shape[2], k.shape[2], positions, q.device), -torch.inf
-            )
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-        return scores.softmax(-1).nan_to_num(0.0)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        return masked_softmax(scores, seen)
 
     # ---------------------------------------------------------------- decoding and cost
 

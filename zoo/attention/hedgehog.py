@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear as kernel
-from zoo.attention.base import Pattern, State, visible_keys
+from zoo.attention.base import Pattern, State, scaled_scores, visible_pairs
 from zoo.attention.linear import HeadLinear, LinearAttention
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
@@ -76,19 +76,15 @@ class HedgehogAttention(LinearAttention):
         teacher's entropy: 0 exactly when the rows coincide. Only the feature maps learn from it. Takes the arguments of `forward`;
         holds [B, H, N, M] matrices.
         """
-        context, value, call = self._check_call(
-            x, context, value, **{n: call.get(n) for n in ("key_mask", "bias", "grid", "positions")}
-        )
+        context, value, call = self._check_call(x, context, value, **call)
         return self._distill(x, context, value, **call)
 
     def _distill(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         q, k, _ = (t.detach() for t in super(LinearAttention, self).project(x, context, value))
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        visible = torch.ones_like(scores, dtype=torch.bool)
-        if self.causal:
-            visible = visible & visible_keys(q.shape[2], k.shape[2], call["positions"], q.device)
-        if call["key_mask"] is not None:
-            visible = visible & call["key_mask"][:, None, None, :]
+        scores = scaled_scores(q, k)
+        visible = visible_pairs(
+            q, k, causal=self.causal, key_mask=call["key_mask"], positions=call["positions"]
+        ).expand_as(scores)
         # Finite floor: rows without any key get equal weights here and are left out below.
         teacher = scores.masked_fill(~visible, -1e9).softmax(-1)
         student = self.weights(self.features_q(q), self.features_k(k), **{**call, "bias": None})

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
+from zoo.attention.base import Attention, BiasFactors, Grid, scaled_scores, visible_pairs
 from zoo.attention.registry import register_attention
 
 
@@ -67,34 +67,15 @@ class HstuAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        weights = F.silu(self._scores(q, k, bias))
-        seen = None
-        if self.causal:
-            seen = visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            mask = key_mask[:, None, None, :]
-            seen = mask if seen is None else seen & mask
-        if seen is not None:
-            weights = weights.masked_fill(~seen, 0.0)
+        weights = F.silu(scaled_scores(q, k, bias))
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        weights = weights.masked_fill(~seen, 0.0)
         if self.length is not None:
             return weights / self.length
-        count = k.shape[2] if seen is None else seen.sum(-1, keepdim=True).clamp_min(1).to(weights.dtype)
-        return weights / max(1, count) if isinstance(count, int) else weights / count
+        return weights / seen.sum(-1, keepdim=True).clamp_min(1).to(weights.dtype)
 
-    def _scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
-        return scores
-
-    def scores(
-        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
-    ) -> Tensor:
-        context, value, call = self._check_call(
-            x, context, value, **{k: call.get(k) for k in ("key_mask", "bias", "grid", "positions")}
-        )
-        q, k, _ = self.project(x, context, value)
-        return self._scores(q, k, call["bias"])
+    def raw_scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
+        return scaled_scores(q, k, bias)
 
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         d, e = self.head_dim, self.value_head_dim

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import linear as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, split_heads, visible_keys
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, split_heads, visible_pairs
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -124,10 +124,8 @@ class LinearAttention(Attention):
         weights = phi_q @ phi_k.mT
         if bias is not None:
             weights = weights * bias.exp()
-        if self.causal:
-            weights = weights * visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            weights = weights.masked_fill(~key_mask[:, None, None, :], 0.0)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        weights = weights.masked_fill(~seen, 0.0)
         if self.normalize == "denom" and self.feature != "softmax":
             weights = weights / (weights.sum(-1, keepdim=True) + self.eps)
         return weights

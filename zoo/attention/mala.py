@@ -30,7 +30,7 @@ from zoo.attention.base import (
     State,
     merge_heads,
     split_heads,
-    visible_keys,
+    visible_pairs,
 )
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
@@ -200,11 +200,7 @@ class MalaAttention(Attention):
         """The mixing matrix of the attention alone; LePE and the gate are outside it."""
         plain = [kernel.apply_feature(self.feature, t) for t in (q, k)]
         turned = self._rotated(q, k, grid) or plain
-        visible = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
-        if self.causal:
-            visible = visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, :]
+        visible = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
         count = visible.sum(-1, keepdim=True).clamp(min=1)
         scale = plain[0].shape[-1] ** -0.5
         s = scale * (plain[0] @ plain[1].mT) * visible

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, _append, split_heads
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, append, dense_bias, split_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -135,7 +135,7 @@ class MohAttention(Attention):
             k,
             v,
             key_mask=key_mask,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            bias=dense_bias(bias),
             causal=self.causal,
             positions=positions,
             higher_order=self.higher_order,
@@ -212,7 +212,7 @@ class MohAttention(Attention):
             return self.output(heads * gates[..., None], x_t), state
         q, k_t, v_t = self.project(x_t, x_t, x_t)
         length = state["length"] + 1
-        k, v = _append(state["k"], k_t, length), _append(state["v"], v_t, length)
+        k, v = append(state["k"], k_t, length), append(state["v"], v_t, length)
         heads = self.attend(q, k[:, :, :length], v[:, :, :length])
         return self.output(heads * gates[..., None], x_t), {"k": k, "v": v, "length": length}
 

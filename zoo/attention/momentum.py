@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from kernels import local
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, _append, visible_keys
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    Pattern,
+    State,
+    append,
+    dense_bias,
+    masked_softmax,
+    scaled_scores,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -139,7 +150,7 @@ class MomentumAttention(Attention):
             q,
             k,
             v,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            bias=dense_bias(bias),
             causal=self.causal,
             higher_order=self.higher_order,
             **call,
@@ -156,15 +167,8 @@ class MomentumAttention(Attention):
         positions: Tensor | None = None,
     ) -> Tensor:
         q, k = self._sharpened(q, k, key_mask, grid)
-        scores = (q * self.head_dim**-0.5) @ k.mT
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
-        hidden = scores.new_zeros((), dtype=torch.bool)
-        if self.causal:
-            hidden = ~visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            hidden = hidden | ~key_mask[:, None, None, :]
-        return scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        return masked_softmax(scaled_scores(q, k, bias), seen)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         self._check_streaming()
@@ -182,7 +186,7 @@ class MomentumAttention(Attention):
         if self.order == "pre":
             q, k = self._rotate(q, length), self._rotate(k, length)
         length += 1
-        keys, values = _append(state["k"], k, length), _append(state["v"], v, length)
+        keys, values = append(state["k"], k, length), append(state["v"], v, length)
         heads = self._softmax(q, keys[:, :, :length], values[:, :, :length])
         return self.output(heads, x_t), following | {"k": keys, "v": values, "length": length}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import block_sparse as sparse
 from kernels import softmax as kernel
 from kernels.block_sparse.masks import axis_visible
-from zoo.attention.base import Attention, BiasFactors, Grid, State
+from zoo.attention.base import Attention, BiasFactors, Grid, State, dense_bias, masked_softmax, scaled_scores
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -132,7 +132,7 @@ class NeighborhoodAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        bias = bias.dense() if isinstance(bias, BiasFactors) else bias
+        bias = dense_bias(bias)
         n, order = q.shape[2], {"higher_order": self.higher_order}
         sequence = grid is None or len(grid.shape) == 1
         if self.causal and positions is None and self._per_axis(1)[1] == (1,):
@@ -159,11 +159,8 @@ class NeighborhoodAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
         seen = self._visible(q.shape[2], key_mask, grid, positions, q.device)
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return masked_softmax(scaled_scores(q, k, bias), seen)
 
     def init_state(self, batch_size: int, **inputs: Any) -> State:
         state = super().init_state(batch_size, **inputs)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kernels import selected
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, _append, split_heads
+from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, append, split_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -274,14 +274,14 @@ class NsaAttention(Attention):
         new = dict(state, length=state["length"] + 1)
         length = new["length"]
         for name, parts, cache in (("k", ks, state["k"]), ("v", vs, state["v"])):
-            new[name] = _append(cache, parts[1], length)
+            new[name] = append(cache, parts[1], length)
             new[f"{name}_win"] = torch.cat((state[f"{name}_win"], parts[2]), 2)[:, :, -self.window :]
             new[f"{name}_recent"] = torch.cat((state[f"{name}_recent"], parts[0]), 2)[:, :, -self.block :]
         if length >= self.block and (length - self.block) % self.stride == 0:
             new["blocks"] += 1
             kc, vc, _ = self._compress(new["k_recent"], new["v_recent"], None)
             new["kc"], new["vc"] = (
-                _append(state["kc"], kc, new["blocks"]), _append(state["vc"], vc, new["blocks"])
+                append(state["kc"], kc, new["blocks"]), append(state["vc"], vc, new["blocks"])
             )  # fmt: skip
         pos = torch.full((1, 1), length - 1, device=q.device)
         blocks = new["blocks"]

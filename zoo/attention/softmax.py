@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, visible_keys
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    dense_bias,
+    masked_softmax,
+    scaled_scores,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -91,7 +99,7 @@ class SoftmaxAttention(Attention):
             k,
             v,
             key_mask=key_mask,
-            bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+            bias=dense_bias(bias),
             causal=self.causal,
             positions=positions,
             softcap=self.softcap,
@@ -112,23 +120,11 @@ class SoftmaxAttention(Attention):
             return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
         return q.new_zeros(())
 
-    def scores(
-        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
-    ) -> Tensor:
-        context, value, call = self._check_call(
-            x, context, value, **{k: call.get(k) for k in ("key_mask", "bias", "grid", "positions")}
-        )
-        q, k, _ = self.project(x, context, value)
-        return self._scores(q, k, call["bias"])
-
-    def _scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+    def raw_scores(self, q: Tensor, k: Tensor, bias: Tensor | BiasFactors | None) -> Tensor:
+        scores = scaled_scores(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        if bias is not None:
-            scores = scores + (bias.dense() if isinstance(bias, BiasFactors) else bias)
-        return scores
+        return scores if bias is None else scores + dense_bias(bias)
 
     def weights(
         self,
@@ -140,16 +136,11 @@ class SoftmaxAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        scores = self._scores(q, k, bias)
-        hidden = scores.new_zeros((), dtype=bool)
-        if self.causal:
-            hidden = ~visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        if key_mask is not None:
-            hidden = hidden | ~key_mask[:, None, None, :]
-        scores = scores.masked_fill(hidden, float("-inf"))
-        weights = scores.softmax(-1).nan_to_num(0.0)
+        scores = self.raw_scores(q, k, bias)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        weights = masked_softmax(scores, seen)
         if self.sink != "none":
-            total = scores.logsumexp(-1)
+            total = scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
             weights = weights * (total - self._sink_logit(q)).sigmoid()[..., None]
         return weights
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, merge_heads, visible_keys
+from zoo.attention.base import Attention, BiasFactors, Grid, dense_bias, merge_heads, visible_pairs
 from zoo.attention.registry import register_attention
 from zoo.errors import CapabilityError, ConfigError
 
@@ -72,9 +72,8 @@ class SoftmaxRnnAttention(Attention):
             for i in range(1, self.order + 1):
                 term = term * s / i
                 weights = weights + term
-        if self.causal:
-            weights = weights * visible_keys(q.shape[2], k.shape[2], positions, q.device)
-        return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None, :], 0.0)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        return weights.masked_fill(~seen, 0.0)
 
     def attend(
         self,
@@ -95,7 +94,7 @@ class SoftmaxRnnAttention(Attention):
                 k,
                 v,
                 key_mask=key_mask,
-                bias=bias.dense() if isinstance(bias, BiasFactors) else bias,
+                bias=dense_bias(bias),
                 causal=self.causal,
                 positions=positions,
                 higher_order=self.higher_order,

@@ -1,7 +1,10 @@
 """A small causal language model for recall tests.
 
-Paper: the two-layer models of "Zoology", arXiv:2312.04927: token and position embedding, blocks, a final norm, scores over the vocabulary.
-Differs from the paper in: pre-norm blocks with an MLP; scores are computed at the places that are asked for.
+Paper: the two-layer models of "Zoology", arXiv:2312.04927: token and position embedding, a short causal convolution, blocks, a final
+norm, scores over the vocabulary. The convolution lets a token know its predecessor, so that what is compared is the recall itself, not
+how fast each mechanism learns to look one token back (some variants bring such a convolution along, softmax does not).
+Differs from the paper in: pre-norm blocks with an MLP; one depthwise convolution for all blocks instead of layers that alternate with
+attention; scores are computed at the places that are asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.local import depthwise_sequence
 from zoo.attention.base import Pattern, State
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
@@ -21,7 +25,7 @@ from zoo.models.registry import register_model
 
 @register_model
 class RecallLm(nn.Module):
-    """Embedding, causal blocks, norm, linear scores.
+    """Embedding, short convolution, causal blocks, norm, linear scores.
 
     Args:
         attention: Factory for slot "encoder".
@@ -31,6 +35,7 @@ class RecallLm(nn.Module):
         depth: Number of blocks.
         num_heads: Heads; must divide `dim`.
         mlp_ratio: Hidden width of the MLP over `dim`.
+        short_conv: Taps of a causal depthwise convolution behind the embedding, with a residual; 0 for none.
         position: "learned" adds a table of places, "none" nothing.
         tied: Scores use the embedding's table.
         dropout: In the blocks.
@@ -46,6 +51,7 @@ class RecallLm(nn.Module):
         depth: int = 2,
         num_heads: int = 1,
         mlp_ratio: float = 2.0,
+        short_conv: int = 3,
         position: str = "learned",
         tied: bool = True,
         dropout: float = 0.0,
@@ -55,11 +61,14 @@ class RecallLm(nn.Module):
             raise ConfigError(
                 f"model.vocabulary={vocabulary}, max_length={max_length} and depth={depth} must be at least 1"
             )
+        if short_conv < 0:
+            raise ConfigError(f"model.short_conv={short_conv} must be 0 (none) or a number of taps")
         if position not in ("learned", "none"):
             raise ConfigError(f"model.position={position!r} is unknown; choose learned or none")
         self.max_length = max_length
         self.tokens = nn.Embedding(vocabulary, dim)
         self.places = nn.Embedding(max_length, dim) if position == "learned" else None
+        self.taps = nn.Parameter(torch.empty(dim, 1, short_conv)) if short_conv else None
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 attention["encoder"], dim, num_heads, mlp_ratio=mlp_ratio, dropout=dropout, length=max_length
@@ -77,6 +86,8 @@ class RecallLm(nn.Module):
         for table in (self.tokens, self.places, self.head):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
+        if self.taps is not None:
+            nn.init.uniform_(self.taps, -(self.taps.shape[-1] ** -0.5), self.taps.shape[-1] ** -0.5)
 
     @classmethod
     def slots(cls, **options: Any) -> dict[str, Slot]:
@@ -98,6 +109,8 @@ class RecallLm(nn.Module):
         x = self.tokens(tokens)
         if self.places is not None:
             x = x + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        if self.taps is not None:
+            x = x + depthwise_sequence(x, self.taps, causal=True)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x if asked is None else x[asked])
@@ -105,15 +118,23 @@ class RecallLm(nn.Module):
 
     def init_state(self, batch_size: int) -> State:
         """State before the first token; streaming variants only."""
-        return {"blocks": tuple(b.init_state(batch_size) for b in self.blocks), "length": 0}
+        state = {"blocks": tuple(b.init_state(batch_size) for b in self.blocks), "length": 0}
+        if self.taps is not None:
+            state["recent"] = self.taps.new_zeros(batch_size, self.taps.shape[-1] - 1, self.taps.shape[0])
+        return state
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One token of each sequence, int64 [B], in; scores [B, V] and the next state out."""
         x = self.tokens(tokens)[:, None]
         if self.places is not None:
             x = x + self.places.weight[state["length"]]
+        after = {"length": state["length"] + 1}
+        if self.taps is not None:
+            window = torch.cat((state["recent"], x), 1)
+            after["recent"] = window[:, 1:]
+            x = x + (window * self.taps[:, 0].T).sum(1, keepdim=True)
         inner = []
         for block, before in zip(self.blocks, state["blocks"], strict=True):
-            x, after = block.step(x, before)
-            inner.append(after)
-        return self.head(self.norm(x))[:, 0], {"blocks": tuple(inner), "length": state["length"] + 1}
+            x, new = block.step(x, before)
+            inner.append(new)
+        return self.head(self.norm(x))[:, 0], after | {"blocks": tuple(inner)}
