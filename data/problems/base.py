@@ -19,6 +19,16 @@ class Fields(Protocol):
     def __call__(self, field: str, by: str = "") -> Tensor: ...
 
 
+Combination = tuple[
+    tuple[float, str, str], ...
+]  # sum of factor * derivative of field, e.g. ((-1.0, "s", "x"),)
+
+
+def combine(d: Fields, terms: Combination) -> Tensor:
+    """Value of a combination, [N]."""
+    return sum(factor * d(field, by) for factor, field, by in terms)
+
+
 @dataclass(frozen=True)
 class Condition:
     """A condition on a part of the border, or on measured points.
@@ -50,8 +60,11 @@ class Problem:
         periods: Period per coordinate, None where there is none.
         ansatz: Form of `zoo.layers.ansatz` that fulfils all or some conditions.
         hard: Names of conditions that the ansatz fulfils.
-        free_constant: Fields defined up to a constant, compared after removing their means.
+        free_constant: Fields defined up to a constant, compared after removing their means (at each time).
         unknowns: Coefficients to find: start value and true value.
+        reported: Fields that are compared with the reference, where they are not the network's own, e.g. a velocity from
+            a stream function.
+        quantities: Further quantities whose root mean square is reported, e.g. the divergence.
         source: Where the reference comes from.
     """
 
@@ -67,6 +80,8 @@ class Problem:
     hard: tuple[str, ...] = ()
     free_constant: tuple[str, ...] = ()
     unknowns: dict[str, tuple[float, float]] = {}
+    reported: dict[str, Combination] = {}
+    quantities: dict[str, Combination] = {}
     source: str = ""
 
     def residuals(self, d: Fields, points: Tensor, unknowns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,25 +96,31 @@ class Problem:
         """Test grid: points [M, d], fields [M, len(report_fields)], shape of the grid; float64."""
         raise NotImplementedError
 
-    # Problems whose network gives potentials (stream function) report other fields than it outputs.
-    report_derivatives: tuple[str, ...] = ()
-
     @property
     def report_fields(self) -> tuple[str, ...]:
         """Names of the fields that are compared with the reference."""
-        return self.fields
+        return tuple(self.reported) or self.fields
+
+    @property
+    def report_derivatives(self) -> tuple[str, ...]:
+        """Derivatives that the reported fields need."""
+        return tuple(sorted({by for terms in self.reported.values() for _, _, by in terms if by}))
 
     def report(self, d: Fields) -> Tensor:
         """Fields to compare, [N, len(report_fields)]."""
-        return torch.stack([d(f) for f in self.report_fields], 1)
+        columns = [combine(d, t) for t in self.reported.values()] or [d(f) for f in self.fields]
+        return torch.stack(columns, 1)
 
-    def extra_metrics(self, d: Fields) -> dict[str, Tensor]:
-        """Further quantities whose root mean square is reported, [N] each, e.g. the divergence."""
+    def grid_metrics(self, found: Tensor, true: Tensor, points: Tensor) -> dict[str, float]:
+        """Further figures of the whole test grid, named; found and true [M, F], points [M, d]."""
         return {}
 
-    @property
-    def dims(self) -> int:
-        return len(self.coordinates)
+    def times(self, points: Tensor) -> Tensor | None:
+        """Time of each point, [M]; None for steady problems."""
+        return points[:, -1] if self.coordinates[-1] == "t" else None
+
+
+DIVERGENCE: dict[str, Combination] = {"divergence": ((1.0, "u", "x"), (1.0, "v", "y"))}
 
 
 def positive(**values: float) -> None:

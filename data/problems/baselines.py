@@ -8,8 +8,22 @@ import torch
 from torch import Tensor
 
 
+def centred(values: Tensor, times: Tensor | None = None) -> Tensor:
+    """Values [M] without their mean, or without the mean at each time [M]: an unsteady pressure is free at each."""
+    if times is None:
+        return values - values.mean()
+    _, at = times.unique(return_inverse=True)
+    sums = torch.zeros(int(at.max()) + 1, dtype=values.dtype, device=values.device)
+    means = sums.index_add(0, at, values) / torch.bincount(at)
+    return values - means[at]
+
+
 def field_errors(
-    found: Tensor, true: Tensor, fields: tuple[str, ...], free: tuple[str, ...] = ()
+    found: Tensor,
+    true: Tensor,
+    fields: tuple[str, ...],
+    free: tuple[str, ...] = (),
+    times: Tensor | None = None,
 ) -> dict[str, float]:
     """Errors per field and overall.
 
@@ -18,6 +32,7 @@ def field_errors(
         true: [M, F].
         fields: Names.
         free: Fields known up to a constant; means are removed from both sides.
+        times: Time of each point, [M]; the constant is another one at each.
 
     Returns:
         rel_l2, rel_l1, mse, max_error for each field (`rel_l2_u` ...). The plain names are of the only field, or the
@@ -27,7 +42,7 @@ def field_errors(
     for n, name in enumerate(fields):
         a, b = found[:, n], true[:, n]
         if name in free:
-            a, b = a - a.mean(), b - b.mean()
+            a, b = centred(a, times), centred(b, times)
         error, size2, size1 = a - b, b.square().sum(), b.abs().sum()
         out[name] = {
             "rel_l2": float((error.square().sum() / size2).sqrt()) if size2 > 0 else float("inf"),
@@ -47,7 +62,7 @@ def field_errors(
 def field_baselines(data: Any) -> dict[str, dict[str, float]]:
     """The zero field; the initial state kept for ever where there is one; the mean of each field."""
     p = data.problem
-    args = (data.reference, tuple(p.report_fields), tuple(p.free_constant))
+    args = (data.reference, tuple(p.report_fields), tuple(p.free_constant), p.times(data.grid))
     found = {"zero_field": field_errors(torch.zeros_like(data.reference), *args)}
     found["mean_field"] = field_errors(data.reference.mean(0).expand_as(data.reference), *args)
     if p.coordinates[-1] == "t" and hasattr(p, "exact"):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.problems.base import Condition, Problem, positive
+from data.problems.base import DIVERGENCE, Condition, Problem, positive
 from data.problems.taylor_green import navier_stokes
 
 _LAYOUT = "X_star [P, 2], t [T, 1], U_star [P, 2, T], p_star [P, T]"
@@ -66,6 +66,7 @@ class Cylinder(Problem):
     derivatives = ("x", "y", "t", "xx", "yy")
     free_constant = ("p",)
     source = "the user's simulation"
+    quantities = DIVERGENCE
 
     def __init__(
         self,

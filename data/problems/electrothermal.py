@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.problems.base import Condition, Problem, box_sides, exact_condition, positive, tensor_grid
+from data.problems.base import (
+    DIVERGENCE,
+    Condition,
+    Problem,
+    box_sides,
+    exact_condition,
+    positive,
+    tensor_grid,
+)
 from zoo.layers.derivatives import Derivatives, derivatives, multi_index
 
 
@@ -33,6 +41,7 @@ class Electrothermal(Problem):
     derivatives = ("x", "y", "xx", "yy")
     free_constant = ("p",)
     source = "manufactured solution"
+    quantities = DIVERGENCE
 
     def __init__(
         self,
@@ -101,6 +110,3 @@ class Electrothermal(Problem):
         side = np.linspace(0, 1, self.n)
         points, shape = tensor_grid((side, side))
         return points, self.exact(points), shape
-
-    def extra_metrics(self, d):
-        return {"divergence": d("u", "x") + d("v", "y")}

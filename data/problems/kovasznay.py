@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.problems.base import Condition, Problem, box_sides, exact_condition, positive, tensor_grid
+from data.problems.base import (
+    DIVERGENCE,
+    Condition,
+    Problem,
+    box_sides,
+    exact_condition,
+    positive,
+    tensor_grid,
+)
 
 
 def steady_navier_stokes(d, reynolds: float) -> dict[str, Tensor]:
@@ -41,12 +49,15 @@ class Kovasznay(Problem):
     coordinates, fields = ("x", "y"), ("u", "v", "p")
     lower, upper = (-0.5, -0.5), (1.0, 1.5)
     derivatives = ("x", "y", "xx", "yy")
+    ansatz, hard = "kovasznay", ("boundary",)
     free_constant = ("p",)
     source = "closed form"
+    quantities = DIVERGENCE
 
     def __init__(self, *, reynolds: float = 40.0, n: int = 101) -> None:
         positive(reynolds=reynolds, n=n)
         self.reynolds, self.n = reynolds, n
+        self.ansatz_options = {"reynolds": reynolds}
 
     def residuals(self, d, points, unknowns):
         return steady_navier_stokes(d, self.reynolds)
@@ -67,6 +78,3 @@ class Kovasznay(Problem):
             [np.linspace(a, b, self.n) for a, b in zip(self.lower, self.upper, strict=True)]
         )
         return points, self.exact(points), shape
-
-    def extra_metrics(self, d):
-        return {"divergence": d("u", "x") + d("v", "y")}

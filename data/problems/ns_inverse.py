@@ -14,10 +14,9 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.errors import DataError
-from data.problems.base import Condition, Problem, positive, tensor_grid
+from data.problems.base import DIVERGENCE, Condition, Problem, positive, tensor_grid
 from data.problems.solvers import periodic_flow
 from data.problems.taylor_green import navier_stokes
 
@@ -55,20 +54,12 @@ class NsInverse(Problem):
         if formulation == "velocity":
             self.fields = ("u", "v", "p")
             self.derivatives = ("x", "y", "t", "xx", "yy")
+            self.quantities = DIVERGENCE
         else:
             self.fields = ("s", "p")
             self.derivatives = ("x", "y", "t", "xx", "xy", "yy", "xt", "yt", "xxx", "xxy", "xyy", "yyy")
-            self.report_derivatives = ("x", "y")
+            self.reported = {"u": ((1.0, "s", "y"),), "v": ((-1.0, "s", "x"),), "p": ((1.0, "p", ""),)}
         self._flow: tuple[np.ndarray, ...] | None = None
-
-    @property
-    def report_fields(self) -> tuple[str, ...]:
-        return ("u", "v", "p")
-
-    def report(self, d) -> Tensor:
-        if self.formulation == "velocity":
-            return super().report(d)
-        return torch.stack((d("s", "y"), -d("s", "x"), d("p")), 1)
 
     def residuals(self, d, points, unknowns):
         l1, l2 = unknowns["l1"], unknowns["l2"]

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.problems.base import Condition, Problem, exact_condition, initial_points, positive, tensor_grid
+from data.problems.base import (
+    DIVERGENCE,
+    Condition,
+    Problem,
+    exact_condition,
+    initial_points,
+    positive,
+    tensor_grid,
+)
 
 
 def navier_stokes(d, convection: float | Tensor, viscosity: float | Tensor) -> dict[str, Tensor]:
@@ -42,9 +50,10 @@ class TaylorGreen(Problem):
     derivatives = ("x", "y", "t", "xx", "yy")
     lower = (0.0, 0.0, 0.0)
     periods = (2 * math.pi, 2 * math.pi, None)
-    hard = ("boundary",)
+    ansatz, hard = "taylor_green", ("initial",)
     free_constant = ("p",)
     source = "closed form"
+    quantities = DIVERGENCE
 
     def __init__(self, *, nu: float = 0.1, duration: float = 1.0, n: int = 41, nt: int = 11) -> None:
         positive(nu=nu, duration=duration, n=n, nt=nt)
@@ -69,6 +78,3 @@ class TaylorGreen(Problem):
         side = np.linspace(0, 2 * math.pi, self.n)
         points, shape = tensor_grid((side, side, np.linspace(0, self.upper[2], self.nt)))
         return points, self.exact(points), shape
-
-    def extra_metrics(self, d):
-        return {"divergence": d("u", "x") + d("v", "y")}

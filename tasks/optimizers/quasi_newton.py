@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.optimizers.symmetric import Update, multiply, scaled_identity
 from zoo.errors import ConfigError, unknown
 
 METHODS = ("lbfgs", "bfgs", "ssbroyden")
@@ -61,6 +62,11 @@ class QuasiNewton(torch.optim.Optimizer):
         self.exit_reason: str | None = None
         self.evaluations = 0
 
+    @property
+    def loss(self) -> Tensor:
+        """Where the last iteration ended."""
+        return self.state[self._params[0]]["loss"].clone()
+
     # ------------------------------------------------------------ flat views
 
     def _gather(self, name: str) -> Tensor:
@@ -104,7 +110,7 @@ class QuasiNewton(torch.optim.Optimizer):
             self.exit_reason = "tolerance_grad: gradient is zero to tolerance"
             return torch.tensor(loss)
         if "H" in state and "Hg" not in state:
-            state["Hg"] = state["H"] @ g
+            state["Hg"] = self._curved(state, g)
         direction = self._direction(state, g)
         slope = float(g.dot(direction))
         if slope >= 0:
@@ -146,9 +152,15 @@ class QuasiNewton(torch.optim.Optimizer):
 
     @staticmethod
     def _forget(state: dict[str, Any]) -> None:
-        for key in ("H", "Hg", "s", "y"):
+        for key in ("H", "Hg", "pending", "s", "y"):
             state.pop(key, None)
         state["fresh"] = True
+
+    @staticmethod
+    def _curved(state: dict[str, Any], g: Tensor) -> Tensor:
+        """H g, with the update that the last iteration left over."""
+        pending = state.pop("pending", None)
+        return multiply(state["H"], g, None if pending is None else Update(*pending))
 
     def _direction(self, state: dict[str, Any], g: Tensor) -> Tensor:
         if "H" in state:
@@ -179,15 +191,15 @@ class QuasiNewton(torch.optim.Optimizer):
             return
         if "H" not in state:
             scale = ys / float(y.dot(y))
-            state["H"] = torch.eye(len(s), dtype=s.dtype, device=s.device).mul_(scale)
+            state["H"] = scaled_identity(s, scale)
             state["Hg"], new_hg, tau, phi = g * scale, new_g * scale, 1.0, 1.0
         else:
-            new_hg, tau = state["H"] @ new_g, None
+            new_hg, tau = self._curved(state, new_g), None
         hy = new_hg - state["Hg"]
         yhy = float(y.dot(hy))
         if tau is None:
             tau, phi = self._scaling(yhy, ys, -alpha * float(s.dot(g)), len(s))
-        # H <- (H - hy hy^T / yhy + phi yhy v v^T) / tau + s s^T / ys with v = s / ys - hy / yhy: one pass of rank two.
+        # H <- (H - hy hy^T / yhy + phi yhy v v^T) / tau + s s^T / ys with v = s / ys - hy / yhy: a change of rank two.
         cross = -phi / (ys * tau)
         core = torch.tensor(
             [[(phi - 1.0) / (yhy * tau), cross], [cross, phi * yhy / (ys * ys * tau) + 1.0 / ys]],
@@ -195,7 +207,7 @@ class QuasiNewton(torch.optim.Optimizer):
             device=s.device,
         )
         both = torch.stack((hy, s), 1)
-        torch.addmm(state["H"], both @ core, both.T, beta=1.0 / tau, out=state["H"])
+        state["pending"] = tuple(Update(1.0 / tau, both, core))
         state["Hg"] = new_hg / tau + both @ (core @ (both.T @ new_g))
 
     def _scaling(self, yhy: float, ys: float, sbs: float, n: int) -> tuple[float, float]:

@@ -66,6 +66,13 @@ class Balance(nn.Module):
     def __getitem__(self, term: str) -> Tensor:
         return self.weights[self.terms.index(term)]
 
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Terms and their weights."""
+        return list(zip(self.terms, self.weights, strict=True))
+
     def due(self, step: int) -> bool:
         """Whether this step updates the weights."""
         return self.scheme != "fixed" and len(self.terms) > 1 and step % self.every == 0

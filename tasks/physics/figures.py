@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from data.problems.baselines import centred
 
 
 def draw(task: Any, folder: Path) -> list[Path]:
@@ -39,7 +42,8 @@ def _fields(task: Any, path: Path) -> Path:
     for row, name in enumerate(names):
         a, b = found[:, row], true[:, row]
         if name in p.free_constant:
-            a, b = a - a.mean(), b - b.mean()
+            times = p.times(task.data.grid)
+            a, b = (centred(torch.from_numpy(v), times).numpy() for v in (a, b))
         a, b = (_slice(v, shape) for v in (a, b))
         low, high = float(b.min()), float(b.max())
         for axis, image, title, limits in zip(

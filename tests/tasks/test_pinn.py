@@ -37,6 +37,11 @@ def make(
     return PinnTask(network, points, **{"first_steps": 6, "resample_every": 3, **options})
 
 
+def total(task):
+    """The loss, with its gradients left in the weights."""
+    return float(task._total(task.objective.backward(task.balance, task.points)))
+
+
 def fit(task, folder, steps, resume=None):
     task.data.steps_per_epoch = 4
     task.data._datasets = {}
@@ -110,11 +115,11 @@ def test_soap_beats_adam_on_an_ill_conditioned_matrix():
 def test_training_lowers_the_loss_through_both_phases(model, tmp_path):
     options = {"tokens": 2, "hidden": [8], "head": [8]} if model == "physicsformer" else {}
     task = make(model, model_options=options, lr=1e-2)
-    before = float(task._backward()[0])
+    before = total(task)
     trainer = fit(task, tmp_path, 14)
     assert trainer.global_step == 14 or task.exit_reason
-    assert task.dtype_now == torch.float64
-    assert float(task._backward()[0]) < 0.5 * before
+    assert task.objective.dtype == torch.float64
+    assert total(task) < 0.5 * before
 
 
 @pytest.mark.parametrize("half", [4, 8])
@@ -133,13 +138,13 @@ def test_resumed_run_equals_the_uninterrupted_one(half, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_balancing_schemes_change_weights_and_stay_finite(scheme):
     task = make(problem="burgers1d", data={"hard_conditions": False}, balance=scheme)
-    assert task.terms == ["residual", "initial", "boundary"]
+    assert task.objective.terms == ["residual", "initial", "boundary"]
     for _ in range(2):
         if scheme != "fixed":
-            task._kernel_trace = lambda term: torch.tensor(
+            task.objective.kernel_trace = lambda term, *_: torch.tensor(
                 {"residual": 100.0, "initial": 1.0, "boundary": 4.0}[term]
             )
-            task._rebalance()
+            task.rebalance()
     assert torch.isfinite(task.balance.weights).all() and (task.balance.weights > 0).all()
     assert (task.balance.weights != 1).any() == (scheme != "fixed")
 
@@ -155,16 +160,15 @@ def test_gradient_norm_weights_by_hand():
 def test_kernel_trace_is_unbiased():
     """Random signs against per-point gradients."""
     task = make()
-    points = task.points[:16]
-    task.points = points
-    rows = task.problem.residuals(task.fields(points), points, {})["reaction"]
+    task.points.at = points = task.points.at[:16]
+    rows = task.objective.residuals(task.objective.fields(points), points)[:, 0]
     exact = sum(
         sum(
             g.square().sum() for g in torch.autograd.grad(r, list(task.model.parameters()), retain_graph=True)
         )
         for r in rows
     ) / len(rows)
-    found = task._kernel_trace("residual", draws=300)
+    found = task.objective.kernel_trace("residual", task.points, draws=300)
     assert found.item() == pytest.approx(exact.item(), rel=0.25)
 
 
@@ -172,16 +176,16 @@ def test_chunks_do_not_change_the_gradient():
     grads = []
     for chunk in (48, 7):
         task = make(problem="burgers1d", chunk=chunk).double()
-        task._backward()
+        total(task)
         grads.append(torch.cat([p.grad.reshape(-1) for p in task.model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*grads)
 
 
 def test_causal_weights_fall_with_time():
     task = make(causal=1.0, slabs=4)
-    task.slab_loss.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
-    weights = task._weights_of_points()
-    early, late = task.points[:, 1] < 0.25, task.points[:, 1] > 0.75
+    task.points.slab_loss.copy_(torch.tensor([1.0, 1.0, 1.0, 1.0]))
+    weights = task.points.weights()
+    early, late = task.points.at[:, 1] < 0.25, task.points.at[:, 1] > 0.75
     assert weights[early].min() == 1 and weights[late].max() == pytest.approx(2.718281828**-3, rel=1e-5)
 
 
@@ -191,20 +195,20 @@ def test_hard_conditions_hold_exactly():
     start = task.model(torch.stack((x, torch.zeros(9)), 1))[:, 0]
     assert (start + torch.sin(torch.pi * x)).abs().max() < 1e-6
     assert task.model(torch.tensor([[-1.0, 0.4], [1.0, 0.7]])).abs().max() < 1e-6
-    assert task.terms == ["residual"]
+    assert task.objective.terms == ["residual"]
     walls = make(problem="cavity").model(torch.tensor([[0.0, 0.3], [1.0, 0.5], [0.4, 0.0], [0.5, 1.0]]))
     assert walls[:3, :2].abs().max() < 1e-6 and walls[3, 0].item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_inverse_problem_trains_its_coefficients():
     task = make(problem="ns_inverse", physics={"measurements": 60, "snapshots": 4, "duration": 0.3})
-    task._backward()
+    total(task)
     assert set(task.unknowns) == {"l1", "l2"} and task.unknowns["l1"].grad.abs() > 0
     stream = make(
         problem="ns_inverse",
         physics={"measurements": 30, "snapshots": 4, "duration": 0.3, "formulation": "stream"},
     )
-    stream._backward()
+    total(stream)
     assert stream.unknowns["l2"].grad is not None
 
 
@@ -240,8 +244,7 @@ def test_every_variant_trains_or_says_why_not(attention):
             make(**options)
         return
     task = make(**options)
-    total, _ = task._backward()
-    assert torch.isfinite(total)
+    assert np.isfinite(total(task))
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in task.model.parameters())
 
 

@@ -1,0 +1,171 @@
+"""The loss of a physics-informed network: squared residuals and misfits, term by term and piece by piece."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data.problems import Condition, Problem
+from data.sampler import generator
+from tasks.physics.points import CollocationPoints
+from zoo.attention.base import Attention
+from zoo.errors import CapabilityError, unknown
+from zoo.layers.derivatives import Derivatives, choose_method, derivatives, multi_index, points_mix
+
+log = logging.getLogger("zoo.pinn")
+
+
+class Objective:
+    """Terms "residual" and, for each name among the conditions, their misfit.
+
+    Args:
+        model: Points [N, d] -> fields [N, F].
+        unknowns: Coefficients to find, by name.
+        problem: The equation.
+        conditions: Prescribed values that the network does not fulfil by its form.
+        method: Way to the derivatives, see `zoo.layers.derivatives`; "auto" picks one.
+        chunk: Points whose derivatives are held at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        unknowns: Mapping[str, Tensor],
+        problem: Problem,
+        conditions: Sequence[Condition],
+        method: str = "auto",
+        chunk: int = 1024,
+    ) -> None:
+        self.model, self.unknowns, self.problem, self.chunk = model, unknowns, problem, chunk
+        self.conditions = list(conditions)
+        for c in self.conditions:
+            for f in c.fields:
+                if f not in (*problem.fields, *problem.report_fields):
+                    raise unknown(f"field of condition {c.name!r}", f, problem.fields)
+        self.terms = ["residual", *dict.fromkeys(c.name for c in self.conditions)]
+        self.wanted = self._indices((*problem.derivatives, *problem.report_derivatives))
+        check_network(model, self._some_points(4))
+        self.method = method
+        if method == "auto":
+            self.method, reason = choose_method(model, self._some_points(2), self.wanted)
+            log.info("derivatives by %s: %s", self.method, reason)
+
+    def _indices(self, names: Sequence[str]) -> list[tuple[int, ...]]:
+        return [multi_index(by, self.problem.coordinates) for by in names]
+
+    def _some_points(self, count: int) -> Tensor:
+        low, high = (torch.tensor(v, dtype=self.dtype) for v in (self.problem.lower, self.problem.upper))
+        return low + (high - low) * torch.rand(count, len(low), dtype=self.dtype, generator=generator(0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; it changes from phase to phase."""
+        return next(self.model.parameters()).dtype
+
+    def parameters(self) -> list[Tensor]:
+        """Weights and unknown coefficients."""
+        return [*self.model.parameters(), *self.unknowns.values()]
+
+    # ---------------------------------------------------------------- at points
+
+    def fields(self, points: Tensor, wanted: Sequence[tuple[int, ...]] | None = None) -> Derivatives:
+        """Fields and derivatives at points [N, d]."""
+        wanted = self.wanted if wanted is None else wanted
+        table = derivatives(self.model, points.to(self.dtype), wanted, self.method)
+        return Derivatives(table, self.problem.fields, self.problem.coordinates)
+
+    def residuals(self, d: Derivatives, points: Tensor) -> Tensor:
+        """All equations' residuals at points [N, d] with fields `d`, [N, R]."""
+        found = self.problem.residuals(d, points.to(self.dtype), dict(self.unknowns))
+        return torch.stack(list(found.values()), 1)
+
+    def squared_residual(self, points: Tensor) -> Tensor:
+        """Sum of squared residuals at each point, chunk by chunk, [N]."""
+        parts = points.split(self.chunk)
+        return torch.cat([self.residuals(self.fields(p), p).square().sum(1) for p in parts])
+
+    def misfit(self, c: Condition, device: torch.device | None = None) -> Tensor:
+        """Network minus prescribed value at a condition's points, [N, F]."""
+        points, values = c.points.to(device), c.values.to(device, self.dtype)
+        if all(f in self.problem.fields for f in c.fields):
+            d = self.fields(points, self._indices([c.by] if c.by else []))
+            return torch.stack([d(f, c.by) for f in c.fields], 1) - values
+        d = self.fields(points, self._indices(self.problem.report_derivatives))
+        columns = [self.problem.report_fields.index(f) for f in c.fields]
+        return self.problem.report(d)[:, columns] - values
+
+    def misfits(self, term: str, device: torch.device | None = None) -> Iterator[Tensor]:
+        """Misfits of the conditions that make up a term."""
+        return (self.misfit(c, device) for c in self.conditions if c.name == term)
+
+    # ---------------------------------------------------------------- terms
+
+    def parts(self, term: str, points: CollocationPoints) -> Iterator[Tensor]:
+        """A term in pieces whose sum it is, so that each piece's graph can be freed."""
+        if term != "residual":
+            yield from (m.square().sum(1).mean() for m in self.misfits(term, points.at.device))
+            return
+        weights, squares = points.weights().to(self.dtype), []
+        for at, weight in zip(points.at.split(self.chunk), weights.split(self.chunk), strict=True):
+            square = self.squared_residual(at)
+            squares.append(square.detach().double())
+            yield (weight * square).sum() / len(weights)
+        points.squares = torch.cat(squares)
+
+    def backward(self, balance: Mapping[str, Tensor], points: CollocationPoints) -> dict[str, Tensor]:
+        """Adds up gradients of the sum of weighted terms, piece by piece; returns the plain terms."""
+        values = {}
+        for term in self.terms:
+            weight = balance[term].to(self.dtype)
+            total = torch.zeros((), dtype=torch.float64, device=points.at.device)
+            for part in self.parts(term, points):
+                (weight * part).backward()
+                total += part.detach().double()
+            values[term] = total
+        return values
+
+    def gradient(self, pieces: Iterator[Tensor]) -> Tensor:
+        """Flat gradient of a sum, leaving `.grad` alone."""
+        parameters = self.parameters()
+        total = [torch.zeros_like(p) for p in parameters]
+        for piece in pieces:
+            for t, g in zip(total, torch.autograd.grad(piece, parameters, allow_unused=True), strict=True):
+                if g is not None:
+                    t += g
+        return torch.cat([t.reshape(-1) for t in total])
+
+    def kernel_trace(
+        self, term: str, points: CollocationPoints, step: int = 0, draws: int = 4, most: int = 256
+    ) -> Tensor:
+        """Mean squared gradient of a term's entries, by random signs over at most `most` points."""
+        draw, traces = generator(step, self.terms.index(term)), []
+        for _ in range(draws):
+            if term == "residual":
+                rows = self.residuals(self.fields(points.at[:most]), points.at[:most])
+            else:
+                rows = torch.cat([m[:most].reshape(-1, 1) for m in self.misfits(term, points.at.device)])
+            signs = torch.randint(0, 2, rows.shape, generator=draw).to(rows) * 2 - 1
+            traces.append(self.gradient(iter([(signs * rows).sum()])).square().sum() / rows.numel())
+        return torch.stack(traces).mean()
+
+
+def check_network(model: nn.Module, points: Tensor) -> None:
+    """Warn of attention that is not smooth, refuse networks whose points are not independent.
+
+    Raises:
+        CapabilityError: The output at one of `points` depends on the others.
+    """
+    attentive = [m for m in model.modules() if isinstance(m, Attention)]
+    for name in sorted({m.name for m in attentive if not m.capabilities.smooth}):
+        log.warning(
+            "attention %r is not smooth (selection or rounding): its second derivatives miss the jumps", name
+        )
+    if points_mix(model, points):
+        names = ", ".join(sorted({repr(m.name) for m in attentive})) or type(model).__name__
+        raise CapabilityError(
+            f"attention {names} mixes collocation points (statistics over the batch), so derivatives at one point would "
+            "silently contain the others; choose a variant that treats points separately, e.g. attention=softmax"
+        )

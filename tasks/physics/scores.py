@@ -1,0 +1,71 @@
+"""Figures of merit of a solver: residuals at held-out points, errors on the reference grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from data.problems.base import combine
+from data.problems.baselines import field_errors
+from tasks.physics.objective import Objective
+
+
+class Gathered(Metric):
+    """Keeps what the whole split gave, to be scored at once (means of free fields need all of it)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("points", "found", "true", "residuals", "extra"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            getattr(self, name).append(value)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Everything gathered, one tensor per name; names that got nothing are left out."""
+        kept = {name: getattr(self, name) for name in ("points", "found", "true", "residuals", "extra")}
+        return {
+            n: torch.cat(list(v)) if isinstance(v, list) else v
+            for n, v in kept.items()
+            if isinstance(v, Tensor) or v
+        }
+
+
+def evaluate(objective: Objective, points: Tensor) -> dict[str, Tensor]:
+    """Reported fields, residuals and further quantities at points [N, d], each [N, *] float64."""
+    p = objective.problem
+    columns: dict[str, list[Tensor]] = {"found": [], "residuals": [], "extra": []}
+    # Reverse-mode derivatives need a graph, which inference mode would forbid.
+    with torch.inference_mode(False), torch.set_grad_enabled(objective.method == "reverse"):
+        for part in points.clone().split(objective.chunk):
+            d = objective.fields(part)
+            extra = [combine(d, terms) for terms in p.quantities.values()]
+            columns["residuals"].append(objective.residuals(d, part))
+            columns["found"].append(p.report(d))
+            columns["extra"].append(torch.stack(extra, 1) if extra else part[:, :0])
+    return {"points": points} | {n: torch.cat([t.detach().double() for t in c]) for n, c in columns.items()}
+
+
+def scores(objective: Objective, kept: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Metrics of one split from what `Gathered` kept; errors of the fields where the reference is among it."""
+    p = objective.problem
+    values = {"residual_rms": float(kept["residuals"].square().sum(1).mean().sqrt())}
+    with torch.inference_mode(False), torch.set_grad_enabled(objective.method == "reverse"):
+        misfits = {
+            t: sum(float(m.detach().square().sum(1).mean()) for m in objective.misfits(t, device))
+            for t in objective.terms[1:]
+        }
+    values["loss"] = values["residual_rms"] ** 2 + sum(misfits.values())
+    values |= {f"{t}_mse": m for t, m in misfits.items()}
+    for name, (_, true) in p.unknowns.items():
+        values[name] = float(objective.unknowns[name])
+        values[f"{name}_error"] = abs(values[name] - true) / abs(true)
+    if "true" in kept:
+        found, true, points = kept["found"], kept["true"], kept["points"]
+        values |= field_errors(found, true, tuple(p.report_fields), tuple(p.free_constant), p.times(points))
+        values |= p.grid_metrics(found, true, points)
+        rms = kept["extra"].square().mean(0).sqrt()
+        values |= {f"{n}_rms": float(v) for n, v in zip(p.quantities, rms, strict=True)}
+    return values
