@@ -192,6 +192,23 @@ def test_members_of_the_ensemble_are_separate_networks_on_shared_matrices():
     assert set(layer.r.unique().tolist()) == {-1.0, 1.0}
 
 
+def test_members_of_the_transformer_share_blocks_but_not_scales_and_heads():
+    ensemble, single = build("ft_transformer", members=3), build("ft_transformer")
+    shared = {k: v for k, v in ensemble.state_dict().items() if not k.startswith(("scales", "head"))}
+    single.load_state_dict(shared, strict=False)
+    inputs = rows()
+    with torch.no_grad():
+        ensemble.scales[1:] = 1.0
+        ensemble.scales[0, 3] = 0.0  # token 0 is the class token: member 0 does not see column 2
+        out = ensemble(*inputs)
+        for i in (1, 2):
+            single.head.weight.copy_(ensemble.head.weight[i].T), single.head.bias.copy_(ensemble.head.bias[i])
+            torch.testing.assert_close(out[:, i], single(*inputs), rtol=1e-5, atol=1e-5)
+        changed = ensemble(inputs[0] + torch.tensor([0.0, 0.0, 3.0]), *inputs[1:])
+    torch.testing.assert_close(changed[:, 0], out[:, 0])
+    assert not torch.allclose(changed[:, 1], out[:, 1], atol=1e-3)
+
+
 # ---------------------------------------------------------------- MultiTab
 
 
@@ -218,6 +235,18 @@ def test_a_task_ignores_the_others_exactly_where_the_mask_says_so(kind, depth):
     # TxT alone lets tasks meet in the columns from the second block on.
     assert same == (kind == "FxT_TxT" or (kind == "TxT" and depth == 1))
     assert not torch.equal(before[:, 1:], after[:, 1:])
+
+
+def test_separate_networks_share_nothing():
+    model = build("multitab", separate=True)
+    inputs = rows()
+    before = model(*inputs)
+    assert before.shape == (7, 4) and len(model.networks) == 2
+    with torch.no_grad():
+        for p in model.networks[1].parameters():
+            p.zero_()
+    after = model(*inputs)
+    assert torch.equal(before[:, :1], after[:, :1]) and not torch.equal(before[:, 1:], after[:, 1:])
 
 
 def test_rows_in_batch_mode_permute_and_depend_on_each_other():

@@ -15,7 +15,7 @@ from data.ihdp import IhdpData, effect_scores
 from data.table import TableData
 from tasks.tabular import TabularTask
 from tasks.tabular_figures import permutation_importance
-from tasks.tabular_multitask import multitask_gain
+from tasks.tabular_multitask import geometric_mean, multitask_gain, read_reference
 from tasks.treatment_effect import TreatmentEffectTask
 from zoo.attention.registry import list_attention
 from zoo.errors import ConfigError, DataError
@@ -178,6 +178,45 @@ def test_a_reported_gain_by_hand():
     targets = [Target("x", "regression"), Target("y", "binary", ["a", "b"])]
     ours, single = {"rmse_x": 0.8, "auc_y": 0.9}, {"rmse_x": 1.0, "auc_y": 0.6}
     assert multitask_gain(targets, ours, single) == pytest.approx((20 + 50) / 2)
+
+
+def test_geometric_mean_weighs_each_target_by_one_over_its_loss():
+    losses = torch.tensor([0.5, 8.0, 2.0], requires_grad=True)
+    mean = geometric_mean(losses, [1.0, 1.0, 1.0])
+    assert mean.item() == pytest.approx(2.0, rel=1e-5)
+    mean.backward()
+    torch.testing.assert_close(losses.grad * losses.detach(), torch.full((3,), 2.0 / 3))
+    assert geometric_mean(losses, [1.0, 0.0, 1.0]).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_multitask_beside_single_task_networks(tmp_path, capsys):
+    """The control trains one network per target; the multitask run reports its gain over that run, by hand."""
+    table(300).to_csv(tmp_path / "t.csv", index=False)
+    common = (
+        "task=tabular_multitask",
+        "data=table",
+        f"data.path={tmp_path / 't.csv'}",
+        "data.target=[price,label]",
+        "data.columns={grade: ignore}",
+        "data.baseline_models=none",
+        "data.batch_size=64",
+        "model.dim=16",
+        "model.depth=1",
+        "trainer.max_epochs=1",
+        "task.importance_rows=0",
+    )
+    assert train(tmp_path / "single", *common, "model.separate=true") == 0, capsys.readouterr().err
+    more = ("task.balance=geometric", f"task.reference={tmp_path / 'single'}")
+    assert train(tmp_path / "multi", *common, *more) == 0, capsys.readouterr().err
+    single, ours = (json.loads((tmp_path / f / "result.json").read_text()) for f in ("single", "multi"))
+    assert single["cost"]["parameters"] > 1.5 * ours["cost"]["parameters"]
+    a, b = ours["test"], single["test"]
+    gain = 50 * ((b["rmse_price"] - a["rmse_price"]) / b["rmse_price"] + a["auc_label"] / b["auc_label"] - 1)
+    assert a["gain_over_single_percent"] == pytest.approx(gain, rel=1e-4)
+    assert "gain_over_single_percent" not in b
+    for folder, words in ((tmp_path, "no result.json"), (tmp_path / "single", "has no rmse_other")):
+        with pytest.raises(ConfigError, match=words):
+            read_reference(folder, [Target("other", "regression"), Target("label", "binary")])
 
 
 def test_multitask_trains_on_mixed_kinds(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""python -m zoo bench ops|--task NAME: timings in one run, refused while the tests of what is timed fail."""
+"""python -m zoo bench ops|sensors|memory|--task NAME: timings in one run, refused while the tests of what is timed fail."""
 
 from __future__ import annotations
 
@@ -16,26 +16,41 @@ ROOT = Path(__file__).parents[2]
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m zoo bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["ops"], help="operations by length")
-    parser.add_argument("--task", help="training step of this task beside its peer")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["ops", "sensors", "memory"],
+        help="operations by length, attention over ever more sensors, or peak memory of heavy cases",
+    )
+    parser.add_argument("--task", help="training step of this task beside its peer; asr_decode: decoding")
     parser.add_argument("--attention", default="softmax", help="variant in our model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--only", nargs="+", help="names of operations")
+    parser.add_argument("--only", nargs="+", help="names of operations, or of memory cases")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of the streamed table (memory)")
     parser.add_argument("--csv", type=Path, help="write all rows here, one long format")
     parser.add_argument("--no-tests", action="store_true", help="do not run the tests of what is timed first")
     args = parser.parse_args(argv)
     if (args.what is None) == (args.task is None):
-        raise ConfigError("say what to time: `bench ops` or `bench --task vit`")
+        raise ConfigError(
+            "say what to time: `bench ops`, `bench sensors`, `bench memory` or `bench --task vit`"
+        )
+    if args.what == "memory":
+        from zoo.bench.memory import measure, show
+
+        show(measure(args.only, rows=args.rows))
+        return 0
     if not args.no_tests:
         require_green(
-            ["tests/kernels", "-k", "not interpreter and not gate"] if args.what else ["tests/attention"]
+            ["tests/kernels", "-k", "not interpreter and not gate"]
+            if args.what == "ops"
+            else ["tests/attention"]
         )
     from zoo.bench.timing import busy
 
     if busy() > 0.7:
         print(f"note: about {busy():.1f} other processes are computing; ratios are noisy", file=sys.stderr)
-    rows = time_ops(args) if args.what else time_task(args)
+    rows = {"ops": time_ops, "sensors": time_sensors, None: time_task}[args.what](args)
     if args.csv:
         from zoo.bench.timing import write_csv
 
@@ -58,20 +73,33 @@ def require_green(selection: list[str]) -> None:
 
 
 def time_task(args: argparse.Namespace) -> list[dict]:
-    from zoo.bench.tasks import contestants
+    from zoo.bench.tasks import contestants, mode
     from zoo.bench.timing import row, take_turns
 
     timings = take_turns(contestants(args.task, args.attention), rounds=args.rounds)
     (mine, first), *others = timings.items()
     print(
-        f"{mine}: {first.p50:.1f} ms a training step (p20 {first.quantile(0.2):.1f}, p80 {first.quantile(0.8):.1f})"
+        f"{mine}: {first.p50:.1f} ms a {mode(args.task)} (p20 {first.quantile(0.2):.1f}, p80 {first.quantile(0.8):.1f})"
     )
     for name, timing in others:
         print(f"{name}: {timing.p50:.1f} ms; ratio ours / theirs {first.p50 / timing.p50:.3f}")
     print(
         f"{len(first.times_ms)} rounds in turns, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    return [row(args.task, n, "training step", args.attention, t) for n, t in timings.items()]
+    return [row(args.task, n, mode(args.task), args.attention, t) for n, t in timings.items()]
+
+
+def time_sensors(args: argparse.Namespace) -> list[dict]:
+    from zoo.bench.sensors import measure, show
+    from zoo.bench.timing import row
+
+    found = measure(args.attention, args.rounds)
+    show(found)
+    return [
+        row("sensors", name, "forward+backward", f"2x{n}x64", timing)
+        for n, timings in found.items()
+        for name, timing in timings.items()
+    ]
 
 
 def time_ops(args: argparse.Namespace) -> list[dict]:

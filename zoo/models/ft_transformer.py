@@ -3,7 +3,8 @@
 Paper: Gorishniy et al., "Revisiting deep learning models for tabular data", arXiv:2106.11959. Official code:
 yandex-research/rtdl-revisiting-models, MIT.
 Differs from it in: piecewise-linear embeddings by default, several targets, one dropout rate for attention and feed
-forward outputs, and none on the attention weights, which most variants do not have.
+forward outputs, and none on the attention weights, which most variants do not have. `members` carries the ensemble of
+TabM, arXiv:2410.24210, over: scales and heads of their own, everything between them shared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from zoo.attention.base import Pattern
 from zoo.attention.slots import AttentionFactory, Slot
+from zoo.errors import ConfigError
 from zoo.layers.blocks import TransformerBlock
+from zoo.layers.members import MemberHeads
 from zoo.layers.numerical_embedding import FeatureTokens
 from zoo.models.registry import register_model
 
@@ -41,6 +44,8 @@ class FTTransformer(nn.Module):
         unknown_rate: Share of categories hidden while training, so that "never seen" gets a sense.
         dropout: After projections and inside MLPs.
         drop_path: Rate of the last block.
+        members: Networks in one: each scales the tokens in its own way and has a head of its own; the blocks are shared.
+            Trained on the mean of their losses, read as the mean of their predictions.
     """
 
     name: ClassVar[str]
@@ -64,8 +69,11 @@ class FTTransformer(nn.Module):
         unknown_rate: float = 0.01,
         dropout: float = 0.1,
         drop_path: float = 0.0,
+        members: int = 1,
     ) -> None:
         super().__init__()
+        if members < 1:
+            raise ConfigError(f"model.members={members} must be at least 1")
         self.tokens = FeatureTokens(
             num_numerical,
             cardinalities,
@@ -77,7 +85,7 @@ class FTTransformer(nn.Module):
             frequency_std=frequency_std,
         )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.no_weight_decay = ("cls_token",)
+        self.no_weight_decay = ("cls_token", "scales")
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 attention["encoder"],
@@ -95,7 +103,11 @@ class FTTransformer(nn.Module):
         if depth:
             self.blocks[0].norm1 = nn.Identity()  # the embeddings' scale is information: the authors' choice
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, sum(outputs))
+        self.members = members
+        self.head: nn.Module = nn.Linear(dim, sum(outputs))
+        if members > 1:
+            self.scales = nn.Parameter(torch.empty(members, self.tokens.columns + 1, dim))
+            self.head = MemberHeads(members, dim, sum(outputs))
         self.reset_parameters()
 
     @classmethod
@@ -106,6 +118,9 @@ class FTTransformer(nn.Module):
     def reset_parameters(self) -> None:
         bound = self.cls_token.shape[-1] ** -0.5
         nn.init.uniform_(self.cls_token, -bound, bound)
+        if self.members > 1:
+            with torch.no_grad():
+                self.scales.bernoulli_(0.5).mul_(2).sub_(1)  # random signs set the members apart
 
     def forward(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> Tensor:
         """Predict.
@@ -116,10 +131,13 @@ class FTTransformer(nn.Module):
             missing: Numbers that are missing, bool [B, Fn].
 
         Returns:
-            Logits or standardised values of all targets, [B, sum(outputs)].
+            Logits or standardised values of all targets, [B, sum(outputs)], or every member's [B, k, sum(outputs)].
         """
         x = self.tokens(numerical, categorical, missing)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        if self.members > 1:
+            x = (x[:, None] * self.scales).flatten(0, 1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]).relu())
+        x = self.norm(x[:, 0]).relu()
+        return self.head(x.unflatten(0, (-1, self.members)) if self.members > 1 else x)

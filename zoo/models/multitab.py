@@ -23,6 +23,7 @@ from zoo.layers.mlp import Mlp
 from zoo.layers.numerical_embedding import FeatureTokens
 from zoo.models.registry import register_model
 
+_NOT_PASSED_ON = ("self", "__class__", "attention", "outputs", "separate")
 MASKS = ("none", "TxT", "FxT", "FxT_TxT")
 
 
@@ -98,6 +99,8 @@ class MultiTab(nn.Module):
         frequencies, frequency_std: Of the periodic embedding.
         unknown_rate: Share of categories hidden while training.
         dropout: After projections and inside MLPs.
+        separate: A network of its own for each target, trained side by side: the single-task control, with as many times
+            the parameters and the time as there are targets.
     """
 
     name: ClassVar[str]
@@ -125,13 +128,20 @@ class MultiTab(nn.Module):
         frequency_std: float = 0.1,
         unknown_rate: float = 0.01,
         dropout: float = 0.1,
+        separate: bool = False,
     ) -> None:
+        options = {k: v for k, v in locals().items() if k not in _NOT_PASSED_ON}
         super().__init__()
         _check_mask(task_mask)
         if inference not in ("bank", "batch"):
             raise ConfigError(f"model.inference={inference!r}: choose bank or batch")
         if bank_size < 1 or depth < 1:
             raise ConfigError(f"model.bank_size={bank_size} and model.depth={depth} must be at least 1")
+        self.networks = nn.ModuleList(
+            MultiTab(attention, outputs=[o], **options) for o in (outputs if separate else ())
+        )
+        if separate:
+            return
         self.tokens = FeatureTokens(
             num_numerical,
             cardinalities,
@@ -205,7 +215,9 @@ class MultiTab(nn.Module):
     @torch.no_grad()
     def set_bank(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> None:
         """Fix the training rows that predictions look at; no more than `bank_size` are kept."""
-        if not self.inter_sample:
+        for network in self.networks:
+            network.set_bank(numerical, categorical, missing)
+        if self.networks or not self.inter_sample:
             return
         rows = min(len(numerical), len(self.bank_numerical))
         self.bank_numerical[:rows] = numerical[:rows]
@@ -215,7 +227,7 @@ class MultiTab(nn.Module):
 
     def _embed(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None) -> Tensor:
         x = self.tokens(numerical, categorical, missing)
-        return torch.cat((self.task_tokens.expand(len(x), -1, -1), x), 1)
+        return torch.cat((self.task_tokens.expand(x.shape[0], -1, -1), x), 1)
 
     def _bank(self) -> Tensor:
         rows = int(self.bank_rows)
@@ -228,6 +240,8 @@ class MultiTab(nn.Module):
 
     def forward(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> Tensor:
         """Numbers [B, Fn], codes [B, Fc], missing bool [B, Fn] -> [B, sum(outputs)]."""
+        if self.networks:
+            return torch.cat([network(numerical, categorical, missing) for network in self.networks], 1)
         x = self._embed(numerical, categorical, missing)
         banked = self.inter_sample and not self.training and self.inference == "bank"
         bank = self._bank() if banked else None

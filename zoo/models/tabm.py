@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
 from zoo.layers.drop import dropout_or_none
+from zoo.layers.members import MemberHeads
 from zoo.layers.numerical_embedding import FeatureTokens
 from zoo.models.registry import register_model
 
@@ -116,24 +117,16 @@ class TabM(nn.Module):
             for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
         )
         self.drop = dropout_or_none(dropout)
-        self.head = nn.Parameter(torch.empty(members, dim, sum(outputs)))
-        self.head_bias = nn.Parameter(torch.empty(members, sum(outputs)))
-        self.no_weight_decay = ("head_bias",)
-        self.reset_parameters()
+        self.head = MemberHeads(members, dim, sum(outputs))
 
     @classmethod
     def slots(cls, **options: object) -> dict[str, Slot]:
         """None."""
         return {}
 
-    def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.head.shape[1])
-        nn.init.uniform_(self.head, -bound, bound)
-        nn.init.uniform_(self.head_bias, -bound, bound)
-
     def forward(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> Tensor:
         """Numbers [B, Fn], codes [B, Fc], missing bool [B, Fn] -> every member's [B, k, sum(outputs)]."""
         x = self.tokens(numerical, categorical, missing).flatten(1)[:, None]
         for layer in self.layers:
             x = self.drop(layer(x).relu())
-        return torch.einsum("bkd,kds->bks", x, self.head) + self.head_bias
+        return self.head(x)
