@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, append, split_heads
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    Pattern,
+    State,
+    append,
+    masked_softmax,
+    scaled_scores,
+    split_heads,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -24,6 +35,8 @@ from zoo.errors import ConfigError
 @register_attention(
     patterns={"self", "causal_self", "cross", "causal_cross"},
     streaming=True,
+    has_map=True,
+    signed_map=True,
 )
 class AffineAttention(Attention):
     """Softmax rows scaled by the query, made up with a uniform part.
@@ -118,6 +131,32 @@ class AffineAttention(Attention):
         count = nn.functional.pad(keep.cumsum(1), (1, 0)).gather(1, last)
         total = total.gather(2, last[:, None, :, None].expand(-1, v.shape[1], -1, e))
         return (total / count.clamp(min=1)[:, None, :, None]).to(v.dtype)
+
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Softmax rows, before scale and uniform part."""
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        return masked_softmax(scaled_scores(q, k), seen)
+
+    def attention_map(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        """alpha p + beta over the visible keys; negative where alpha exceeds its average."""
+        rows = super().attention_map(x, context, value, **call)
+        alpha = self.alpha(x).sigmoid().transpose(1, 2)  # looking moves no average
+        seen = visible_pairs(
+            rows, rows.mT, causal=self.causal, key_mask=call.get("key_mask"), positions=call.get("positions")
+        ).to(rows.dtype)
+        uniform = seen / seen.sum(-1, keepdim=True).clamp(min=1)
+        return self._blend(rows, uniform, alpha)
 
     def init_state(self, batch_size: int, **inputs: Any) -> State:
         state = super().init_state(batch_size, **inputs)

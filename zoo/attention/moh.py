@@ -20,7 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, append, dense_bias, split_heads
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Grid,
+    Pattern,
+    State,
+    append,
+    dense_bias,
+    masked_softmax,
+    scaled_scores,
+    split_heads,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
@@ -33,6 +45,7 @@ COMPACT_BELOW = 0.8
     bias="full",
     smooth=False,
     streaming=True,
+    has_map=True,
 )
 class MohAttention(Attention):
     """Softmax attention whose heads are experts.
@@ -140,6 +153,27 @@ class MohAttention(Attention):
             positions=positions,
             higher_order=self.higher_order,
         )
+
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Softmax rows of every head, without gates."""
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        return masked_softmax(scaled_scores(q, k, bias), seen)
+
+    def attention_map(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        """Softmax rows times the head's gate for the token: zero rows where a head was not chosen."""
+        gates, _ = self.gates(x, call.get("key_mask"))
+        return super().attention_map(x, context, value, **call) * gates[..., None]
 
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         q, k, v = self.project(x, context, value)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels import softmax as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid
+from zoo.attention.base import Attention, BiasFactors, Grid, masked_softmax, scaled_scores, visible_pairs
 from zoo.attention.registry import register_attention
 from zoo.errors import CapabilityError, ConfigError
 
@@ -22,6 +23,7 @@ from zoo.errors import CapabilityError, ConfigError
     patterns={"self", "causal_self", "cross", "causal_cross"},
     bias="full",
     streaming=True,
+    has_map=True,
 )
 class SqaAttention(Attention):
     """Softmax attention with a fraction of the query heads.
@@ -80,6 +82,25 @@ class SqaAttention(Attention):
             window=None if self.window is None else (self.window, 0 if self.causal else self.window),
             higher_order=self.higher_order,
         )
+
+    def weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        bias: Tensor | BiasFactors | None = None,
+        grid: Grid | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
+        if self.window is not None:
+            ahead = (
+                torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+            )
+            seen = seen & (ahead.abs() <= self.window)
+        return masked_softmax(scaled_scores(q, k, self._fewer(bias)), seen)
 
     def _fewer(self, bias: Tensor | BiasFactors | None) -> Tensor | None:
         if isinstance(bias, BiasFactors):
