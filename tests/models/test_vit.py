@@ -298,3 +298,14 @@ def test_bad_images_name_the_way_out():
         model(torch.randn(2, 3, 28, 28))
     with pytest.raises(ConfigError, match="30 x 28"):
         model(torch.randn(2, 1, 30, 28))
+
+
+def test_probe_pooling_reads_patches_only_and_starts_as_their_mean():
+    model = create_model("vit", **{**SMALL, "num_registers": 2, "pool": "ep", "pool_queries": 4}).eval()
+    images = torch.randn(2, 3, 16, 16)
+    nn.init.zeros_(model.probe.query)
+    tokens = model.forward_features(images)
+    mean = model.probe.value(tokens[:, 2:]).mean(1)
+    torch.testing.assert_close(model(images), model.head(mean), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match="divisible by queries=5"):
+        create_model("vit", **{**SMALL, "pool": "ep", "pool_queries": 5})

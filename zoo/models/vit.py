@@ -21,6 +21,7 @@ from zoo.errors import ConfigError, WeightsError, unknown
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.drop import depth_rates, dropout_or_none
 from zoo.layers.patch import ConvStem, PatchEmbed, as_pair
+from zoo.layers.pool import EfficientProbe
 from zoo.layers.position import resample_positions
 from zoo.models.registry import register_model
 
@@ -62,7 +63,8 @@ class VisionTransformer(nn.Module):
         stem: "patch", one linear map per patch, or "conv", stride-2 convolutions.
         class_token: Prepend a class token.
         num_registers: Register tokens after the class token.
-        pool: "token" (the class token) or "mean" (over the patches).
+        pool: "token" (the class token), "mean" (over the patches) or "ep" (efficient probing: learned queries read the patches).
+        pool_queries: Queries of "ep"; must divide `dim`.
         no_embed_class: Class and register tokens get no position embedding.
         pre_norm: A norm between embedding and blocks, as CLIP has; the patch map then has no bias.
         qkv_bias: Bias of the query, key and value projections.
@@ -114,6 +116,7 @@ class VisionTransformer(nn.Module):
         class_token: bool | None = None,
         num_registers: int = 0,
         pool: str | None = None,
+        pool_queries: int = 16,
         no_embed_class: bool = False,
         pre_norm: bool = False,
         qkv_bias: bool = True,
@@ -162,6 +165,7 @@ class VisionTransformer(nn.Module):
         )
         mean = self.pool == "mean"
         self.norm = nn.Identity() if mean else nn.LayerNorm(dim, eps=1e-6)
+        self.probe = EfficientProbe(dim, queries=pool_queries) if self.pool == "ep" else None
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if mean else nn.Identity()
         self.head_drop = dropout_or_none(dropout)
         self.head = nn.Linear(dim, self.num_classes) if self.num_classes else nn.Identity()
@@ -235,7 +239,8 @@ class VisionTransformer(nn.Module):
         if self.pool == "token":
             x = x[:, 0]
         else:
-            x = (x[:, self.num_prefix :] if self.num_prefix else x).mean(dim=1)
+            x = x[:, self.num_prefix :] if self.num_prefix else x
+            x = x.mean(dim=1) if self.probe is None else self.probe(x)
         return self.head(self.head_drop(self.fc_norm(x)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -315,10 +320,12 @@ def _check(o: Mapping[str, Any], num_registers: int) -> None:
         raise ConfigError(f"num_registers={num_registers} must not be negative")
     for key, choices in (
         ("stem", ("patch", "conv")),
-        ("pool", ("token", "mean")),
+        ("pool", ("token", "mean", "ep")),
         ("init", ("timm", "xavier")),
     ):
         if o[key] not in choices:
             raise unknown(key, str(o[key]), choices)
     if o["pool"] == "token" and not o["class_token"]:
-        raise ConfigError("pool='token' reads the class token; set class_token=true or pool='mean'")
+        raise ConfigError(
+            "pool='token' reads the class token; set class_token=true, pool='mean' or pool='ep'"
+        )
