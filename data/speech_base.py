@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.sampler import BatchKey, EpochLoader, EpochSampler
 from data.speech_augment import WaveAugment
 from data.speech_batches import Batches, ByLength, Utterance, pad_audio, pad_tokens
-from data.speech_bucketing import BucketSampler, make_buckets
+from data.speech_bucketing import Bucket, BucketSampler, make_buckets
 from data.speech_tokenisers import PLAIN_CHARACTERS, BpeTokeniser, CharTokeniser, Tokeniser, normalise
 from zoo.audio import read_audio
 from zoo.errors import DataError as AudioError
@@ -89,11 +89,12 @@ class SpeechData(ZooData):
         self.wave_augment = WaveAugment(
             sample_rate, noise_snr_db=noise_snr_db, noise_share=noise_share, speeds=speeds, gain_db=gain_db
         )
-        self.batch_sizes: list[int] | None = (
-            None  # one for each bucket, set by a search against a memory limit
-        )
+        # One for each bucket, set by a search against a memory limit.
+        self.batch_sizes: list[int] | None = None
+        self._buckets: list[Bucket] | None = None
         self._splits: dict[str, list[Utterance]] = {}
         self._tokens: dict[str, list[list[int]]] = {}
+        self._unusable: dict[str, set[int]] = defaultdict(set)  # found while batches were read
         self._tokeniser: Tokeniser | None = None
 
     # -- to be implemented -------------------------------------------------------------------------------
@@ -213,7 +214,10 @@ class SpeechData(ZooData):
     # -- batches -----------------------------------------------------------------------------------------
 
     def batch(self, split: str, key: BatchKey) -> dict[str, Tensor]:
-        """One batch; augmented when the key belongs to training. Recordings that cannot be read are left out."""
+        """One batch; augmented when the key belongs to training. Recordings that cannot be read are left out.
+
+        A batch of which nothing is left is empty; a split of which nothing is left raises DataError.
+        """
         kept, waves = [], []
         for i in key.indices.tolist():
             utterance = self._splits[split][i]
@@ -221,18 +225,19 @@ class SpeechData(ZooData):
                 wave = self.samples(utterance)
             except DataError as error:
                 self.skip(utterance.id, str(error))
+                self._unusable[split].add(i)
                 continue
             if split == "train" and key.epoch >= 0:
                 wave = self.wave_augment(wave, (self.seed, key.epoch, i))
             kept.append(i)
             waves.append(wave)
-        if not kept:
+        if len(self._unusable[split]) == len(self._splits[split]):
             raise DataError(
-                f"data {self.name!r}: none of the {len(key.indices)} recordings of a batch can be used"
+                f"data {self.name!r}: none of the {len(self._splits[split])} recordings of split {split} can be used"
                 + self._first_reasons()
             )
         tokens = [self._tokens[split][i] for i in kept]
-        return {**pad_audio(waves), **pad_tokens(tokens), "index": torch.tensor(kept)}
+        return {**pad_audio(waves), **pad_tokens(tokens), "index": torch.tensor(kept, dtype=torch.long)}
 
     def loader(self, split: str, *, shuffle: bool = False) -> EpochLoader:
         """Buckets for training; evaluation in order of length, so that batches pad little."""
@@ -256,14 +261,16 @@ class SpeechData(ZooData):
                 sampler.order = ByLength(sampler, self.durations(split))
         return EpochLoader(dataset, sampler, num_workers=self.num_workers)
 
-    def buckets(self) -> tuple[list, list[int]]:
+    def buckets(self) -> tuple[list[Bucket], list[int]]:
         """Training buckets and their batch sizes."""
-        found = make_buckets(
-            self.durations("train"),
-            [len(t) for t in self._tokens["train"]],
-            buckets=self.duration_buckets,
-            token_buckets=self.token_buckets,
-        )
+        if self._buckets is None:  # a loader is made, and its length asked for, more than once an epoch
+            self._buckets = make_buckets(
+                self.durations("train"),
+                [len(t) for t in self._tokens["train"]],
+                buckets=self.duration_buckets,
+                token_buckets=self.token_buckets,
+            )
+        found = self._buckets
         if self.batch_sizes is not None:
             return found, self.batch_sizes
         if self.batch_s is None:

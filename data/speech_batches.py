@@ -61,16 +61,16 @@ class ByLength:
 def pad_audio(waves: Sequence[np.ndarray]) -> dict[str, Tensor]:
     """``audio`` float32 [B, S], zeros behind the end, and ``audio_length`` int64 [B]."""
     lengths = [len(w) for w in waves]
-    audio = torch.zeros(len(waves), max(lengths))
+    audio = torch.zeros(len(waves), max(lengths, default=0))
     for row, wave in zip(audio, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(wave)
-    return {"audio": audio, "audio_length": torch.tensor(lengths)}
+    return {"audio": audio, "audio_length": torch.tensor(lengths, dtype=torch.int64)}
 
 
 def pad_tokens(tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """``tokens`` int64 [B, L], 0 behind the end, and ``token_length`` int64 [B]."""
     lengths = [len(t) for t in tokens]
-    out = torch.zeros(len(tokens), max(lengths), dtype=torch.int64)
+    out = torch.zeros(len(tokens), max(lengths, default=0), dtype=torch.int64)
     for row, item in zip(out, tokens, strict=True):
         row[: len(item)] = torch.tensor(item)
-    return {"tokens": out, "token_length": torch.tensor(lengths)}
+    return {"tokens": out, "token_length": torch.tensor(lengths, dtype=torch.int64)}

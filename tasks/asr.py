@@ -154,7 +154,8 @@ class SpeechToText(ZooTask):
         terms = {}
         if self.ctc_weight:
             log_probs = out.ctc_logits.float().log_softmax(-1).transpose(0, 1)
-            ctc = F.ctc_loss(log_probs, tokens, out.lengths, count, reduction="none", zero_infinity=True)
+            frames = out.lengths * self.model.ctc_per_place
+            ctc = F.ctc_loss(log_probs, tokens, frames, count, reduction="none", zero_infinity=True)
             terms["ctc"] = self.ctc_weight * ctc.sum() / count.sum().clamp_min(1)
         if out.logits is not None and self.ctc_weight < 1:
             cross_entropy = F.cross_entropy(
@@ -201,7 +202,7 @@ class SpeechToText(ZooTask):
         began = time.perf_counter()
         memory, lengths = self.model.encode(batch["audio"], batch["audio_length"])
         ctc_logits = self.model.ctc_logits(memory)
-        by_ctc = [self.decode(t) for t in ctc_greedy(ctc_logits, lengths)]
+        by_ctc = [self.decode(t) for t in ctc_greedy(ctc_logits, lengths * self.model.ctc_per_place)]
         encoded = time.perf_counter()
         hypotheses = by_ctc
         truncated = torch.zeros(len(memory))

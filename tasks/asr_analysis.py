@@ -31,9 +31,9 @@ class Picture:
 
     text: str
     features: np.ndarray  # [T, n_mels]
-    posteriors: np.ndarray  # [M, vocabulary]
+    posteriors: np.ndarray  # [CTC frames, vocabulary]
     attention: np.ndarray | None  # [L, M]
-    place_s: float
+    seconds: float
     truth_s: list[float] = field(default_factory=list)
     ctc_s: list[float] = field(default_factory=list)
     dtw_s: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ def analyse(task: SpeechToText, count: int) -> tuple[dict[str, float], Picture |
                 features[0].cpu().numpy(),
                 model.ctc_logits(memory)[0].softmax(-1).cpu().numpy(),
                 attention,
-                place_s,
+                memory.shape[1] * place_s,
                 list(utterance.word_starts_s),
                 starts.get("ctc", []),
                 starts.get("dtw", []),

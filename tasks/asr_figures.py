@@ -35,12 +35,12 @@ def draw_alignment(picture: Picture, pieces: list[str], path: Path) -> Path:
     rows = 2 if picture.attention is None else 3
     figure = Figure(figsize=(10, 2.6 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True)
-    seconds = len(picture.posteriors) * picture.place_s
+    seconds = picture.seconds
     axes[0].imshow(
         picture.features.T, origin="lower", aspect="auto", extent=(0, seconds, 0, picture.features.shape[1])
     )
     axes[0].set(title=picture.text, ylabel="mel band")
-    times = (np.arange(len(picture.posteriors)) + 0.5) * picture.place_s
+    times = (np.arange(len(picture.posteriors)) + 0.5) * seconds / len(picture.posteriors)
     best = picture.posteriors.argmax(1)
     axes[1].plot(times, picture.posteriors[:, 0], color="0.8", label="blank")
     for token in sorted(set(best.tolist()) - {0}):
@@ -51,9 +51,14 @@ def draw_alignment(picture: Picture, pieces: list[str], path: Path) -> Path:
         )
     axes[1].set(ylabel="CTC posterior", ylim=(0, 1.15))
     if picture.attention is not None:
-        axes[2].imshow(
-            picture.attention, aspect="auto", cmap="magma", extent=(0, seconds, len(picture.attention), 0)
-        )
+        extent = (0, seconds, len(picture.attention), 0)
+        if picture.attention.min() < 0:  # signed maps: zero is white
+            top = float(np.abs(picture.attention).max())
+            axes[2].imshow(
+                picture.attention, aspect="auto", cmap="RdBu_r", vmin=-top, vmax=top, extent=extent
+            )
+        else:
+            axes[2].imshow(picture.attention, aspect="auto", cmap="magma", extent=extent)
         axes[2].set(ylabel="output token")
     styles = (
         ("truth", picture.truth_s, "w", "-"),
@@ -98,10 +103,13 @@ def draw_padding(task: SpeechToText, path: Path) -> Path:
     for bucket in buckets:
         left.axvline(bucket.max_duration_s, color="C3", lw=1)
     left.set(xlabel="duration, s", ylabel="training utterances", title="bucket edges")
-    for i, ratios in enumerate(table.values()):
-        bars = right.bar([i - 0.2, i + 0.2], list(ratios.values()), 0.38, color=["0.6", "C3"])
+    for shift, kind, colour in ((-0.2, "random", "0.6"), (0.2, "buckets", "C3")):
+        shares = [ratios[kind] for ratios in table.values()]
+        bars = right.bar(np.arange(len(table)) + shift, shares, 0.38, color=colour, label=kind)
         right.bar_label(bars, fmt="{:.1%}")
     right.set_xticks(range(len(table)), list(table))
-    right.set(title="padding: random batches (grey), buckets (red)", ylabel="share of padding")
+    right.set(title="padding by kind of batch", ylabel="share of padding")
+    right.margins(y=0.15)
+    right.legend()
     figure.savefig(path, dpi=130)
     return path

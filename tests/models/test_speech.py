@@ -103,6 +103,29 @@ def test_cached_greedy_equals_recomputation(attention):
     assert greedy(model, memory, count).tokens == greedy(model, memory, count, cached=False).tokens
 
 
+@pytest.mark.parametrize("attention", list_attention(pattern="causal_cross"))
+def test_wait_k_steps_equal_whole(attention):
+    """With a limited view of the memory, steps equal the whole pass, and unseen places have no influence."""
+    try:
+        model = make(attention=attention, wait=2, wait_stride=1, label_positions=False)
+    except CapabilityError as error:
+        pytest.skip(str(error))
+    if model.decoder[0].cross.name != attention:
+        pytest.skip(f"{attention} takes no padded keys")
+    memory, count = model.encode(*sound(2400, 1500))
+    prefix = torch.randint(3, 15, (2, 7))
+    whole = model.decode(prefix, memory, count)
+    state = model.init_state(memory, count)
+    for i in range(prefix.shape[1]):
+        logits, state = model.step(prefix[:, i], state)
+        torch.testing.assert_close(logits, whole[:, i], atol=2e-4, rtol=1e-3)
+    other = memory.clone()
+    other[:, 5:] += 1.0  # seen from token 4 on: 2 + 4 places
+    changed = model.decode(prefix, other, count)
+    torch.testing.assert_close(changed[:, :4], whole[:, :4], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(changed[:, 4:], whole[:, 4:], atol=1e-5)
+
+
 def test_future_tokens_do_not_matter():
     model = make()
     memory, count = model.encode(*sound(2000))
@@ -288,3 +311,52 @@ def test_occlusion_of_nothing_is_nothing():
     assert float(saliency[:, 4:6].abs().max()) < 1e-6 < float(saliency[:, :4].abs().max())
     with pytest.raises(ConfigError, match="one of the two"):
         occlusion_saliency(model, [4])
+
+
+def test_labels_heard_counts_collapsed_labels():
+    """With a head that is sure of itself the count is that of the best path with repeats and blanks removed."""
+    model = make(label_positions=True, ctc_per_place=1)
+    path = [0, 5, 5, 0, 0, 5, 7, 0, 9, 9]
+    with torch.no_grad():
+        model.ctc_head.bias.zero_()
+        model.ctc_head.weight.zero_()
+        model.ctc_head.weight[:, : model.vocab_size] = 50 * torch.eye(model.vocab_size)
+    memory = torch.nn.functional.one_hot(torch.tensor([path]), model.dim).float()
+    expected = torch.tensor([[0, 1, 1, 1, 1, 2, 3, 3, 4, 4]], dtype=torch.float)
+    torch.testing.assert_close(model.labels_heard(memory), expected, atol=1e-5, rtol=0)
+
+
+def test_ctc_frames_between_places():
+    """Two frames a place: logits keep their order, and alignment answers in fractions of places."""
+    from zoo.decoding.align import align_ctc
+
+    model = make("ctc", ctc_per_place=2)
+    path = [5, 0, 0, 7, 7, 0, 9, 5]
+    with torch.no_grad():
+        model.ctc_head.bias.zero_()
+        model.ctc_head.weight.zero_()
+        for frame, token in enumerate(path):  # place frame // 2 shows one-hot content
+            model.ctc_head.weight[frame % 2 * model.vocab_size + token, frame // 2] = 50.0
+    memory = torch.eye(4, model.dim)[None]
+    logits = model.ctc_logits(memory)
+    assert logits.argmax(-1).tolist() == [path]
+    assert model.labels_heard(memory).tolist()[0] == pytest.approx([1.0, 1.5, 2.0, 3.5])
+    assert align_ctc(model, memory, [5, 7, 9, 5]) == [(0.0, -0.5), (1.5, 1.5), (3.0, 2.5), (3.5, 3.0)]
+
+
+def test_label_positions_tell_equal_sounds_apart():
+    """Two places with the same content differ for the decoder once another label lies between them, and only then."""
+    for label_positions in (False, True):
+        model = make(label_positions=label_positions)
+        memory = torch.randn(1, 6, model.dim).repeat(1, 2, 1)
+        read = model._located(memory, None)
+        assert torch.equal(read[:, :6], read[:, 6:]) != label_positions
+
+
+def test_features_do_not_depend_on_autocast():
+    model = make()
+    audio, lengths = sound(4000, 1200)
+    plain, _ = model.front(audio, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = model.front(audio, lengths)
+    assert torch.equal(plain, mixed)

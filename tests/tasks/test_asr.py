@@ -2,6 +2,7 @@
 
 import json
 
+import lightning
 import numpy as np
 import pytest
 import soundfile
@@ -66,6 +67,24 @@ def test_every_variant_trains_or_says_why_not(tones, attention):
     assert {"cer", "wer", "cer_ctc", "loss"} <= set(metrics.compute())
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_has_one_optimiser(tones, optimizer):
+    """Muon moves the matrices of the blocks, AdamW the rest: nothing twice, nothing left out; the trainer runs with both."""
+    task = make(tones, task_options={"optimizer": optimizer, "weight_decay": 0.1})
+    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    trainer = lightning.Trainer(fast_dev_run=3, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.fit(task, datamodule=tones)
+    groups = trainer.optimizers[0].param_groups
+    known = [id(p) for g in groups for p in g["params"]]
+    assert sorted(known) == sorted(id(p) for p in task.model.parameters())
+    orthogonal = {id(p) for g in groups if g.get("orthogonal") for p in g["params"]}
+    names = {n for n, p in task.model.named_parameters() if id(p) in orthogonal}
+    assert bool(names) == (optimizer == "muon")
+    assert all(n.startswith(("encoder.", "decoder.")) and n.endswith("weight") for n in names)
+    moved = {n for n, p in task.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved >= names and "stem.out.weight" in moved
+
+
 @pytest.mark.parametrize("name", ["firered_aed", "aed_shallow", "ctc"])
 def test_every_model_trains(tones, name):
     task = make(tones, name, stem_channels=4)
@@ -109,6 +128,20 @@ def test_loss_ignores_padding(tones):
         assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
 
 
+def test_empty_batch_is_harmless(tones):
+    """A batch of which no recording was usable gives a loss of zero with gradients, and counts nowhere in the metrics."""
+    from data.sampler import BatchKey
+
+    task = make(tones).train()
+    batch = tones.batch("train", BatchKey(np.zeros(0, dtype=np.int64), 0, 0))
+    loss = sum(task.losses(batch).values())
+    loss.backward()
+    assert float(loss.detach()) == 0 and all(p.grad is not None for p in task.model.parameters())
+    metrics = task.make_metrics()
+    task.eval().update_metrics(batch, metrics, "valid")
+    assert not task.examples and all(not m.update_called for m in metrics.values())
+
+
 def test_metrics_are_corpus_level(tones):
     """Rates over the whole split do not depend on the batches it comes in."""
     from data.speech_baselines import error_rates
@@ -139,6 +172,20 @@ def test_beam_and_analysis_are_reported(tones):
     assert {"cer", "wer", "cer_ctc", "cer_beam", "wer_beam", "rtfx", "rtfx_decoder"} <= set(scores)
     assert {"timestamp_ctc_ms", "timestamp_dtw_ms", "xattn_memory_r", "xattn_input_r"} <= set(scores)
     assert -1 <= scores["xattn_memory_r"] <= 1
+
+
+@pytest.mark.parametrize("attention", ["mala", "kda"])
+def test_signed_maps_are_analysed(tones, tmp_path, attention):
+    """Mixing matrices with negative weights have timestamps, correlations and an alignment figure too."""
+    task = make(tones, attention=attention, task_options={"analysis_utterances": 2}).eval()
+    assert all(block.cross.capabilities.signed_map for block in task.model.decoder)
+    with torch.no_grad():
+        for batch in tones.test_dataloader():
+            task.test_step(batch, 0)
+    scores = task.compute_metrics("test")
+    assert all(-1 <= scores[f"xattn_{source}_r"] <= 1 for source in ("memory", "input"))
+    assert np.isfinite(scores["timestamp_dtw_ms"])
+    assert tmp_path / "alignment.png" in task.figures(tmp_path)
 
 
 def test_figures(tones, tmp_path):

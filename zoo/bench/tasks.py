@@ -74,6 +74,15 @@ def contestants(task: str, attention: str) -> Contestants:
         ) from error
 
 
+def mode(task: str) -> str:
+    """What a call of the contestants is: a training step, unless `zoo.bench.peers_<task>` names another in `MODE`."""
+    import importlib.util
+
+    name = f"zoo.bench.peers_{task}"
+    module = importlib.import_module(name) if importlib.util.find_spec(name) else None
+    return getattr(module, "MODE", "training step")
+
+
 def find_tasks() -> dict[str, Callable[[str], Contestants]]:
     """Tasks that have a peer: those here and those in `zoo.bench.peers_<task>`."""
     import importlib

@@ -92,9 +92,9 @@ def _monotone_starts(cost: np.ndarray) -> np.ndarray:
     return starts
 
 
-def word_spans(pieces: list[str], spans: list[tuple[int, int]]) -> list[tuple[str, int, int]]:
+def word_spans(pieces: list[str], spans: list[tuple[float, float]]) -> list[tuple[str, float, float]]:
     """Words with first and last place, from tokens' pieces and their places; spaces separate words."""
-    words: list[tuple[str, int, int]] = []
+    words: list[tuple[str, float, float]] = []
     fresh = True
     for piece, (first, last) in zip(pieces, spans, strict=True):
         if piece.startswith(" "):
@@ -110,12 +110,14 @@ def word_spans(pieces: list[str], spans: list[tuple[int, int]]) -> list[tuple[st
     return words
 
 
-def align_ctc(model: SpeechModel, memory: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
-    """First and last place of each token by forced alignment of the CTC head; memory [1, M, C]."""
-    return forced_alignment(model.ctc_logits(memory)[0].log_softmax(-1), tokens)
+def align_ctc(model: SpeechModel, memory: Tensor, tokens: list[int]) -> list[tuple[float, float]]:
+    """First and last place of each token, in fractions where CTC is finer than the places; memory [1, M, C]."""
+    spans = forced_alignment(model.ctc_logits(memory)[0].log_softmax(-1), tokens)
+    frames = model.ctc_per_place
+    return [(first / frames, (last + 1) / frames - 1) for first, last in spans]
 
 
-def align_attention(model: SpeechModel, memory: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
+def align_attention(model: SpeechModel, memory: Tensor, tokens: list[int]) -> list[tuple[float, float]]:
     """First and last place of each token from the cross-attention of all heads and blocks; memory [1, M, C].
 
     Raises:
@@ -169,14 +171,18 @@ def occlusion_saliency(
     places = int(count)
     stretches = -(-places // width)
     prefix = torch.tensor([[BOS, *tokens[:-1]]], device=source.device)
-    plain = model.decode(prefix, memory[:, :places], count).log_softmax(-1)
+    # Hiding a place must not move the label positions of those behind it.
+    heard = model.labels_heard(memory[:, :places])
+    plain = model.decode(prefix, memory[:, :places], count, heard=heard).log_softmax(-1)
     at = torch.arange(source.shape[1], device=source.device) // (factor * width)
     hidden = at == torch.arange(stretches, device=source.device)[:, None]
     occluded = source.masked_fill(hidden[..., None], 0.0)
     counts = count.expand(stretches)
     if on_input:
         occluded, counts = model.encode_features(occluded, frames.expand(stretches))
-    changed = model.decode(prefix.expand(stretches, -1), occluded[:, :places], counts).log_softmax(-1)
+    changed = model.decode(
+        prefix.expand(stretches, -1), occluded[:, :places], counts, heard=heard.expand(stretches, -1)
+    ).log_softmax(-1)
     kl = F.kl_div(changed, plain.expand_as(changed), reduction="none", log_target=True).sum(-1)  # [S, L]
     return kl.T.repeat_interleave(width, dim=1)[:, :places]
 

@@ -90,7 +90,7 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Features.
+        """Features, in float32 also under autocast: energies span ten orders of magnitude.
 
         Args:
             audio: Samples, [B, S], zeros (or anything) behind each utterance's end.
@@ -102,7 +102,8 @@ class LogMel(nn.Module):
         audio = audio.float().masked_fill(~length_mask(lengths, audio.shape[1]), 0.0)
         if audio.shape[1] == 0:
             return audio.new_zeros(len(audio), 0, len(self.mean)), lengths
-        x, count = self.raw(audio), self.frames(lengths)
+        with torch.autocast(audio.device.type, enabled=False):
+            x, count = self.raw(audio), self.frames(lengths)
         mask = length_mask(count, x.shape[1])[..., None]
         if self.normalise == "utterance":
             n = count.clamp_min(1)[:, None, None]

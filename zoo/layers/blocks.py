@@ -250,15 +250,30 @@ class DecoderBlock(nn.Module):
         *,
         context_key_mask: Tensor | None = None,
     ) -> State:
-        """State before the first token, having read the whole context once."""
-        cross = self.cross.init_state(batch_size, context=context, value=value, key_mask=context_key_mask)
+        """State before the first token, having read the whole context once; causal cross-attention reads it at each step."""
+        if self.cross.causal:
+            cross: State = {"context": context, "value": value, "key_mask": context_key_mask}
+        else:
+            cross = self.cross.init_state(batch_size, context=context, value=value, key_mask=context_key_mask)
         return {"self": self.attn.init_state(batch_size), "cross": cross}
 
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token [B, 1, C] in, one out; equals `forward` on the whole sequence."""
+    def step(
+        self, x_t: Tensor, state: State, *, context_positions: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One token [B, 1, C] in, one out; equals `forward` on the whole sequence.
+
+        Args:
+            x_t: The token.
+            state: From `init_state` or the step before.
+            context_positions: Last context token that it may see, int [1] or [B, 1]; causal cross-attention only.
+        """
         out, state_self = self.attn.step(self._in(x_t, self.norm1), state["self"])
         x = self._add(x_t, out, self.ls1, self.norm1)
-        out, state_cross = self.cross.step(self._in(x, self.norm_cross), state["cross"])
+        if self.cross.causal:
+            state_cross = state["cross"]
+            out = self.cross(self._in(x, self.norm_cross), **state_cross, positions=context_positions)
+        else:
+            out, state_cross = self.cross.step(self._in(x, self.norm_cross), state["cross"])
         x = self._add(x, out, self.ls_cross, self.norm_cross)
         x = self._add(x, self.mlp(self._in(x, self.norm2)), self.ls2, self.norm2)
         return x, {"self": state_self, "cross": state_cross}

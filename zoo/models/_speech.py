@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Pattern, State
@@ -32,7 +33,7 @@ class SpeechOutput(NamedTuple):
 
     Attributes:
         logits: Of the decoder, [B, L, vocabulary]; None without a decoder or without tokens.
-        ctc_logits: Of the CTC head, [B, M, vocabulary].
+        ctc_logits: Of the CTC head, [B, M * ctc_per_place, vocabulary].
         lengths: Encoder tokens of each utterance, int [B].
     """
 
@@ -64,6 +65,15 @@ class SpeechModel(nn.Module):
         mlp_ratio: Hidden width of the MLPs over `dim`.
         conv_kernel: Taps of a Conformer's convolution, odd.
         conv_expansion: Width of that convolution over `dim`.
+        ctc_per_place: Frames of the CTC head for each encoder token, cut from one wide linear map: labels may then come
+            closer than tokens do (fast speech writes 20 characters a second).
+        label_positions: Add to the cross-attention's keys and values the sine position of the number of labels that the CTC
+            head has heard so far. Decoder positions count labels, encoder positions count time; without this a young decoder
+            loses its place, above all where a sentence repeats a word. Kin to the label-synchronous clock of CIF,
+            arXiv:1905.11235.
+        wait: Wait-k decoding, arXiv:1810.08398: token i sees the first wait + i * wait_stride encoder places alone, so that
+            it could be written while the rest is spoken (given an encoder as short-sighted); 0 shows the whole utterance.
+        wait_stride: Places that one more token uncovers.
         position: Of the encoder: "sine" added to the tokens, "rel" Transformer-XL scores (Conformer blocks, variants that take
             a full bias), "auto" rel where the variant takes it and sine elsewhere, "none".
         dropout: After projections, in MLPs, on the embeddings.
@@ -93,8 +103,12 @@ class SpeechModel(nn.Module):
         mlp_ratio: float = 2.0,
         conv_kernel: int = 15,
         conv_expansion: int = 1,
+        ctc_per_place: int = 2,
+        label_positions: bool = True,
+        wait: int = 0,
+        wait_stride: int = 2,
         position: str = "sine",
-        dropout: float = 0.05,
+        dropout: float = 0.0,
         freq_masks: int = 1,
         freq_width: int = 8,
         time_masks: int = 1,
@@ -102,7 +116,12 @@ class SpeechModel(nn.Module):
     ) -> None:
         super().__init__()
         _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
-        self.dim, self.vocab_size = dim, vocab_size
+        if wait < 0 or wait_stride < 1 or ctc_per_place < 1:
+            raise ConfigError(
+                f"wait={wait} must be at least 0, wait_stride={wait_stride} and ctc_per_place={ctc_per_place} at least 1"
+            )
+        self.dim, self.vocab_size, self.label_positions = dim, vocab_size, label_positions
+        self.wait, self.wait_stride, self.ctc_per_place = wait, wait_stride, ctc_per_place
         self._table = torch.empty(0, dim)
         self.front = LogMel(sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise)
         self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio)
@@ -130,7 +149,7 @@ class SpeechModel(nn.Module):
             ]
         self.encoder = nn.ModuleList(blocks)
         self.encoder_norm = nn.LayerNorm(dim)
-        self.ctc_head = nn.Linear(dim, vocab_size)
+        self.ctc_head = nn.Linear(dim, ctc_per_place * vocab_size)
         self.drop = dropout_or_none(dropout)
         self.decoder = nn.ModuleList(
             DecoderBlock(attention["decoder"], attention["cross"], dim, num_heads, **shared)
@@ -154,6 +173,8 @@ class SpeechModel(nn.Module):
         if decoder_layers:
             slots["decoder"] = Slot(Pattern.CAUSAL_SELF, streaming=True)
             slots["cross"] = Slot(Pattern.CROSS, key_mask=True, streaming=True)
+            if options.get("wait", cls.default("wait")):
+                slots["cross"] = Slot(Pattern.CAUSAL_CROSS, key_mask=True)
         return slots
 
     @classmethod
@@ -206,8 +227,8 @@ class SpeechModel(nn.Module):
         return self.encoder_norm(x), count
 
     def ctc_logits(self, memory: Tensor) -> Tensor:
-        """Memory [B, M, C] -> logits of the CTC head, [B, M, vocabulary]; token 0 is the blank."""
-        return self.ctc_head(memory)
+        """Memory [B, M, C] -> logits of the CTC head, [B, M * ctc_per_place, vocabulary]; token 0 is the blank."""
+        return self.ctc_head(memory).unflatten(-1, (self.ctc_per_place, self.vocab_size)).flatten(1, 2)
 
     # ---------------------------------------------------------------- decoder
 
@@ -229,37 +250,69 @@ class SpeechModel(nn.Module):
                 self._table = table
         return table[:count]
 
-    def decode(self, tokens: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
+    @torch.no_grad()
+    def labels_heard(self, memory: Tensor) -> Tensor:
+        """Expected number of labels that CTC has emitted up to each place, memory [B, M, C] -> [B, M].
+
+        A label is new where its probability was low one frame before. A place of several frames has their mean.
+        """
+        heard = self.ctc_logits(memory).float().softmax(-1)[..., 1:]
+        before = F.pad(heard, (0, 0, 1, 0))[:, :-1]
+        count = (heard * (1 - before)).sum(-1).cumsum(1)
+        return count.unflatten(1, (-1, self.ctc_per_place)).mean(-1)
+
+    def _located(self, memory: Tensor, heard: Tensor | None) -> Tensor:
+        """Memory as the decoder reads it: label i, counted from 0, gets the position of the decoder's query for it."""
+        if not self.label_positions:
+            return memory
+        heard = self.labels_heard(memory) if heard is None else heard
+        return memory + sine_positions(heard - 1, self.dim).to(memory.dtype)
+
+    def decode(
+        self, tokens: Tensor, memory: Tensor, lengths: Tensor, *, heard: Tensor | None = None
+    ) -> Tensor:
         """Logits of the token after each prefix.
 
         Args:
             tokens: Sentences from BOS on, int [B, L].
             memory: [B, M, C].
             lengths: Valid places of `memory`, int [B].
+            heard: Labels heard up to each place, [B, M]; `labels_heard(memory)` when left out.
 
         Returns:
             [B, L, vocabulary].
         """
         x = self._embed(tokens)
+        memory = self._located(memory, heard)
         mask = length_mask(lengths, memory.shape[1])
+        seen = self._last_seen(torch.arange(tokens.shape[1], device=tokens.device), memory.shape[1])
         for block in self.decoder:
-            x = block(x, memory, context_key_mask=mask)
+            x = block(x, memory, context_key_mask=mask, context_positions=seen)
         return self.head(self.decoder_norm(x))
+
+    def _last_seen(self, tokens: Tensor, places: int) -> Tensor | None:
+        """Last of so many places of the memory that each token may see, int [L]; None where it sees all."""
+        if not self.wait:
+            return None
+        return (self.wait + tokens * self.wait_stride).clamp_max(places) - 1
 
     def init_state(self, memory: Tensor, lengths: Tensor) -> State:
         """Decoding state before BOS: the memory is projected once, the prefix is empty."""
+        memory = self._located(memory, None)
         mask = length_mask(lengths, memory.shape[1])
-        state: State = {"length": 0}
+        state: State = {"length": 0, "places": memory.shape[1]}
         for i, block in enumerate(self.decoder):
             state[f"block{i}"] = block.init_state(len(memory), memory, context_key_mask=mask)
         return state
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, int [B], in; logits of the next one [B, vocabulary] and the next state out."""
-        x = self._embed(tokens[:, None], state["length"])
-        new: State = {"length": state["length"] + 1}
+        length, places = state["length"], state["places"]
+        x = self._embed(tokens[:, None], length)
+        new: State = {"length": length + 1, "places": places}
+        seen = self._last_seen(torch.tensor([length], device=tokens.device), places)
         for i, block in enumerate(self.decoder):
-            x, new[f"block{i}"] = block.step(x, state[f"block{i}"])
+            x, new[f"block{i}"] = block.step(x, state[f"block{i}"], context_positions=seen)
         return self.head(self.decoder_norm(x))[:, 0], new
 
     # ---------------------------------------------------------------- both

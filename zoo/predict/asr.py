@@ -78,7 +78,7 @@ class TaskPredictor(Predictor):
             return []
         memory, lengths = self.model.encode(audio, torch.tensor([audio.shape[1]]))
         if not self.model.has_decoder:
-            tokens = ctc_greedy(self.model.ctc_logits(memory), lengths)[0]
+            tokens = ctc_greedy(self.model.ctc_logits(memory), lengths * self.model.ctc_per_place)[0]
         elif beam > 1:
             tokens = beam_search(self.model, memory, lengths, beam=beam, ctc_weight=ctc_weight).tokens[0]
         else:
