@@ -79,7 +79,7 @@ def match(
     Raises:
         ZooError: A cost that is not a number; the message names the image and the term.
     """
-    layers, batch, n, _ = logits.shape
+    layers = len(logits)
     labels_l = labels.expand(layers, -1, -1)
     targets_l = targets.expand(layers, -1, -1, -1)
     terms = {
@@ -92,19 +92,38 @@ def match(
     _check(terms, real, names)
     if allowed is not None:
         cost = cost.masked_fill(~allowed[:, :, None], 1e6)
-    values = cost.cpu().numpy()
-    counts = real.sum(1).tolist()
-    places = [row.nonzero().flatten().cpu().numpy() for row in real]
-    assigned = np.full((layers, batch, n), -1, dtype=np.int64)
-    for b in range(batch):
-        if counts[b] == 0:
-            continue
-        columns = np.tile(places[b], repeat)
-        for layer in range(layers):
-            query, column = linear_sum_assignment(values[layer, b][:, columns])
-            assigned[layer, b, query] = columns[column]
-    out = torch.from_numpy(assigned).to(labels.device)
+    out = assign(cost, real, repeat)
     return out if allowed is None else out.masked_fill(~allowed, -1)
+
+
+def assign(cost: Tensor, real: Tensor, repeat: int = 1) -> Tensor:
+    """The cheapest assignment of every matrix.
+
+    Args:
+        cost: [L, B, N, T].
+        real: Objects that exist, bool [B, T].
+        repeat: How many queries each object gets.
+
+    Returns:
+        Object of every query, -1 for none; int64 [L, B, N].
+    """
+    values = cost.detach().cpu().numpy()
+    assigned = np.full(values.shape[:3], -1, dtype=np.int64)
+    for b, row in enumerate(real.cpu().numpy()):
+        columns = np.tile(np.flatnonzero(row), repeat)
+        if len(columns):
+            for layer in range(len(values)):
+                query, column = linear_sum_assignment(values[layer, b][:, columns])
+                assigned[layer, b, query] = columns[column]
+    return torch.from_numpy(assigned).to(cost.device)
+
+
+def mean_over_processes(count: Tensor) -> Tensor:
+    """Objects per process, averaged over all and at least 1, so that sharded training weighs every object alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count.clamp(min=1)
 
 
 def _pairwise_l1(boxes: Tensor, targets: Tensor, references: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from tasks._matching import Weights, match, set_losses
+from tasks._matching import Weights, match, mean_over_processes, set_losses
 from tasks._vision_metrics import CocoScores
 from tasks.base import Batch, ZooTask
 from zoo.errors import ConfigError, unknown
@@ -248,7 +248,7 @@ def detection_losses(
     Returns:
         Terms `class`, `l1`, `giou`, and the same with `many_` and `proposal_`.
     """
-    count = _mean_over_processes((labels >= 0).sum().to(targets))
+    count = mean_over_processes((labels >= 0).sum().to(targets))
     groups: list[tuple[str, int, float]] = [("", 1, 1.0)]
     if "many_logits" in out:
         groups.append(("many_", many_repeat, many_weight))
@@ -303,14 +303,6 @@ def detection_losses(
         )
         terms |= {f"proposal_{k}": v for k, v in parts.items()}
     return terms
-
-
-def _mean_over_processes(count: Tensor) -> Tensor:
-    """Objects per process, averaged over all, so that sharded training weighs every box alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return count.clamp(min=1)
 
 
 def decode(

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from data.detection_base import VOID, confusion_scores
+from tasks._mask_matching import MaskWeights, mask_set_losses
 from tasks._vision_metrics import SegmentationScores
 from tasks.base import Batch, ZooTask
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, unknown
+
+MASK_LOSSES = ("pixel", "matched")
 
 
 class Segmentation(ZooTask):
@@ -23,6 +26,9 @@ class Segmentation(ZooTask):
     Args:
         dice_weight: Factor on the Dice loss beside the cross-entropy, >= 0.
         label_smoothing: Share of the target spread over all classes, [0, 1).
+        mask_loss: "pixel": cross-entropy and Dice on every pixel's classes; "matched": queries are matched to the
+            classes of each image (heads with queries).
+        mask_points: Points of a mask that the matched loss looks at.
     """
 
     mode = "max"
@@ -35,8 +41,16 @@ class Segmentation(ZooTask):
         *,
         dice_weight: float = 1.0,
         label_smoothing: float = 0.0,
+        mask_loss: str = "pixel",
+        mask_points: int = 1024,
         **common: Any,
     ) -> None:
+        if mask_loss not in MASK_LOSSES:
+            raise unknown("task.mask_loss", mask_loss, MASK_LOSSES)
+        if mask_loss == "matched" and not getattr(model, "prefix", 0):
+            raise ConfigError("task.mask_loss=matched needs a head with queries: model.head=eomt")
+        if mask_points < 1:
+            raise ConfigError(f"task.mask_points={mask_points} must be at least 1")
         if dice_weight < 0:
             raise ConfigError(f"task.dice_weight={dice_weight} must not be negative")
         if not 0 <= label_smoothing < 1:
@@ -45,6 +59,7 @@ class Segmentation(ZooTask):
         self.classes, self.has_background = len(data.mask_labels), data.has_background
         super().__init__(model, data, **common)
         self.dice_weight, self.label_smoothing = dice_weight, label_smoothing
+        self.mask_loss, self.mask_points = mask_loss, mask_points
         self.monitor = "miou_foreground" if self.has_background else "miou"
         self.headline = [
             k for k in ("miou_foreground", "miou", "dice", "accuracy") if self.has_background or "_" not in k
@@ -70,6 +85,9 @@ class Segmentation(ZooTask):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        if self.mask_loss == "matched":
+            logits, masks = self.model.query_predictions(batch["image"])
+            return mask_set_losses(logits, masks, batch["mask"], MaskWeights(), points=self.mask_points)
         return segmentation_losses(
             self.model(batch["image"]),
             batch["mask"],

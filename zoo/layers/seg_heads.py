@@ -160,8 +160,9 @@ class EncoderOnlyHead(nn.Module):
     """Queries that the backbone's last blocks process beside the patches; each gives a class and a mask.
 
     Paper: "Your ViT is secretly an image segmentation model" (EoMT), arXiv:2503.19108; official code: tue-mps/eomt,
-    MIT. Differs from it in: training goes through the semantic read-out (the mixture of all queries' masks) instead
-    of matched masks, and no masked attention, which EoMT anneals away before inference; so any attention variant fits.
+    MIT. Differs from it in: no masked attention in training, which EoMT anneals away before inference; so any
+    attention variant fits. Training goes through matched masks or through the semantic read-out (the mixture of all
+    queries' masks), as the task says.
 
     Args:
         dim: Width of the tokens.
@@ -189,12 +190,21 @@ class EncoderOnlyHead(nn.Module):
             )
         )
 
-    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+    def predict(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Class scores [B, Q, K + 1] (the last class means none) and mask scores [B, Q, h, w] of the queries.
+
+        Args:
+            tokens: Queries and patches, normalised, [B, Q + rows * columns, C].
+            grid: Rows and columns.
+        """
         count = self.queries.shape[1]
-        queries, patches = features[-1][:, :count], features[-1][:, count:]
-        maps = self.up(map_of(patches, grid))
-        masks = torch.einsum("bqc,bchw->bqhw", self.embed(queries), maps) * maps.shape[1] ** -0.5
-        share = self.classify(queries).softmax(-1)[..., :-1]  # [B, Q, K]
+        maps = self.up(map_of(tokens[:, count:], grid))
+        queries = self.embed(tokens[:, :count]) * maps.shape[1] ** -0.5
+        return self.classify(tokens[:, :count]), torch.einsum("bqc,bchw->bqhw", queries, maps)
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
+        classes, masks = self.predict(features[-1], grid)
+        share = classes.softmax(-1)[..., :-1]  # [B, Q, K]
         scores = torch.einsum("bqk,bqhw->bkhw", share, masks.sigmoid())
         # Logits whose softmax is the mixture, normalised over classes.
         return scores.clamp(min=1e-6).log()

@@ -161,30 +161,57 @@ class Segmenter(nn.Module):
         Returns:
             Logits, [B, num_classes, height, width].
         """
+        outputs, _, shape, stem = self._features(images)
+        logits = self.head(outputs, shape, stem)
+        return self._crop(logits, images)
+
+    def query_predictions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes and masks of EoMT's queries, before each block that sees them and at the end.
+
+        Args:
+            images: [B, channels, height, width].
+
+        Returns:
+            Class scores [L, B, Q, K + 1] and mask scores [L, B, Q, h, w] over the whole image.
+        """
+        outputs, joint, shape, _ = self._features(images)
+        steps = [self.head.predict(x, shape) for x in (*map(self.norm, joint), outputs[-1])]
+        logits, masks = (torch.stack(part) for part in zip(*steps, strict=True))
+        if any(side % self.patch_size for side in images.shape[-2:]):
+            masks = self._crop(masks.flatten(0, 1), images).unflatten(0, masks.shape[:2])
+        return logits, masks
+
+    def _features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[int, int], list[Tensor]]:
+        """Tokens of four depths, inputs of the blocks that see queries, the grid, and the stem's maps."""
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ConfigError(
                 f"images must be [B, {self.in_channels}, height, width], got {list(images.shape)}; in_channels sets "
                 "the channels"
             )
-        height, width = images.shape[-2:]
-        p = self.patch_size
-        below, right = -height % p, -width % p
+        below, right = (-side % self.patch_size for side in images.shape[-2:])
         if below or right:
             images = nn.functional.pad(images, (0, right, 0, below))
         stem = self.stem(images)
         shape = tuple(stem[-1].shape[-2:])
         x = tokens_of(stem[-1]) + resample_positions(self.pos_embed, self.grid.shape, shape)
         grid = Grid(shape)
-        outputs = []
+        outputs, joint = [], []
         for i, block in enumerate(self.blocks):
             if self.prefix and i == self.first_joint:
-                x = torch.cat((self.head.queries.expand(x.shape[0], -1, -1), x), 1)
+                x = torch.cat((self.head.queries.expand(len(x), -1, -1), x), 1)
                 grid = Grid(shape, self.prefix)
+            if i >= self.first_joint:
+                joint.append(x)
             x = block(x, grid=grid)
             outputs.extend([x] * self.taps.count(i))
         outputs[-1] = self.norm(outputs[-1])
-        logits = self.head(outputs, shape, stem)
-        return resize(logits, (height + below, width + right))[..., :height, :width]
+        return outputs, joint, shape, stem
+
+    def _crop(self, maps: Tensor, images: Tensor) -> Tensor:
+        """Maps [B, K, h, w] of the padded picture at the resolution of `images`, without the padding."""
+        height, width = images.shape[-2:]
+        p = self.patch_size
+        return resize(maps, (-(-height // p) * p, -(-width // p) * p))[..., :height, :width]
 
     @property
     def no_weight_decay(self) -> set[str]:
