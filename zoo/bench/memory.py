@@ -56,28 +56,40 @@ def gman_step(**_: Any) -> dict[str, float]:
     return {"limit": 24 * GIB, **_traffic_step("gman", batch=4, embedding="learned", group_size=-1)}
 
 
+def pinn_step(**_: Any) -> dict[str, float]:
+    """PhysicsFormer on Burgers' residual, 2,000 points, one Taylor-mode step; at most what nested autograd takes."""
+    from zoo.bench.peers_pinn import CHUNK
+
+    return {"limit": _in_process("pinn_nested_step")["peak"], **_pinn_step("taylor", CHUNK)}
+
+
+def pinn_nested_step(**_: Any) -> dict[str, float]:
+    """The same step by nested autograd."""
+    from zoo.bench.peers_pinn import POINTS
+
+    return {"limit": float("inf"), **_pinn_step("reverse", POINTS)}
+
+
 def table_stream(*, rows: int = 100_000, columns: int = 300) -> dict[str, float]:
     """A Parquet file of numbers (300 columns): encoding it, then one epoch of batches; at most 1.5 times the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        _stream_once(Path(folder) / "small.parquet", 1000, columns)  # imports belong to `before`
+        return _stream_once(Path(folder) / "table.parquet", rows, columns)
+
+
+def _stream_once(path: Path, rows: int, columns: int) -> dict[str, float]:
     from data.table_stream import TableStreamData
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table.parquet"
-        # In another process: what writing the file takes is not what reading it takes.
-        subprocess.run([sys.executable, "-m", MODULE, "write", path, str(rows), str(columns)], check=True)
-        data = TableStreamData(
-            path=str(path),
-            target="y",
-            sample_rows=5000,
-            bins="quantile",
-            baseline_models="none",
-            scratch=folder,
-        )
-        before, start = peak_bytes(), time.perf_counter()
-        data.setup()
-        for _ in data.train_dataloader():
-            pass
-        used = {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
-        return {"limit": before + 1.5 * path.stat().st_size, "file": path.stat().st_size, **used}
+    # In another process: what writing the file takes is not what reading it takes.
+    subprocess.run([sys.executable, "-m", MODULE, "write", path, str(rows), str(columns)], check=True)
+    before, start = peak_bytes(), time.perf_counter()
+    options = {"sample_rows": 5000, "bins": "quantile", "baseline_models": "none"}
+    data = TableStreamData(path=str(path), target="y", scratch=str(path.parent), **options)
+    data.setup()
+    for _ in data.train_dataloader():
+        pass
+    used = {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
+    return {"limit": before + 1.5 * path.stat().st_size, "file": path.stat().st_size, **used}
 
 
 def write_table(path: Path, rows: int, columns: int) -> None:
@@ -106,6 +118,15 @@ def _traffic_step(name: str, *, batch: int, **options: Any) -> dict[str, float]:
     return _step(model, lambda: model(x, seen, clock).abs().mean())
 
 
+def _pinn_step(method: str, chunk: int) -> dict[str, float]:
+    from zoo.bench.peers_pinn import POINTS, network, residual_step
+
+    step = residual_step(network("softmax"), torch.rand(POINTS, 2), method, chunk)
+    before, start = peak_bytes(), time.perf_counter()
+    step()
+    return {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
+
+
 def _step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters())
     before, start = peak_bytes(), time.perf_counter()
@@ -115,7 +136,7 @@ def _step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str,
 
 
 CASES: dict[str, Callable[..., dict[str, float]]] = {
-    f.__name__: f for f in (click_step, staeformer_step, gman_step, table_stream)
+    f.__name__: f for f in (click_step, staeformer_step, gman_step, pinn_step, pinn_nested_step, table_stream)
 }
 
 
@@ -133,11 +154,15 @@ def measure(names: list[str] | None = None, *, rows: int = 100_000) -> dict[str,
     for name in names or CASES:
         if name not in CASES:
             raise unknown("memory case", name, CASES)
-        done = subprocess.run(
-            [sys.executable, "-m", MODULE, name, str(rows)], check=True, stdout=subprocess.PIPE, text=True
-        )
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name] = _in_process(name, rows)
     return found
+
+
+def _in_process(name: str, rows: int = 0) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", MODULE, name, str(rows)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show(found: dict[str, dict[str, float]]) -> None:

@@ -109,7 +109,9 @@ def cavity(points: Tensor, raw: Tensor, sharpness: float = 50.0) -> Tensor:
     # exp(C (|x - 1/2| - 1/2)) without the absolute value; cosh(C / 2) itself overflows float32 for C above 176.
     edge = (torch.exp((x - 1.0) * c) + torch.exp(x * c * -1.0)) * (torch.exp(c * -1.0) + 1.0).reciprocal()
     lid = (1.0 - edge) * (y * y)
-    inside = (x * (1.0 - x)) * (y * (1.0 - y)) * 16.0
+    # Steeper at the walls than x (1 - x): velocities in the lid's corners are of order 1 at any distance to them.
+    across, up = (w * (w + 0.05).reciprocal() for w in (x * (1.0 - x), y * (1.0 - y)))
+    inside = across * up
     return torch.cat((lid + inside * raw[:, 0:1], inside * raw[:, 1:2], raw[:, 2:]), dim=1)
 
 

@@ -1,0 +1,60 @@
+"""A transformer's step on Burgers' residual beside nested autograd and a plain step on the very same network.
+
+2 blocks (encoder and decoder), width 32, 5 tokens a point, wavelet activations, 2,000 points, float32, no conditions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from zoo.bench.tasks import Contestants, training_step
+from zoo.layers.derivatives import derivatives
+from zoo.models import create_model
+
+POINTS, CHUNK = 2000, 500
+BOX = {"lower": [-1.0, 0.0], "upper": [1.0, 1.0]}
+
+
+def contestants(attention: str) -> Contestants:
+    """Taylor mode first; nested `torch.autograd.grad`; forward and backward of the bare output."""
+    draw = torch.Generator().manual_seed(0)
+    points = torch.rand(POINTS, 2, generator=draw) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
+    plain = network(attention)
+    return {
+        f"zoo physicsformer ({attention}), Taylor mode": residual_step(
+            network(attention), points, "taylor", CHUNK
+        ),
+        "same network, nested autograd": residual_step(network(attention), points, "reverse", POINTS),
+        "same network, plain forward + backward": training_step(plain, lambda: plain(points).square().mean()),
+    }
+
+
+def network(attention: str) -> nn.Module:
+    """The transformer, the same weights each time."""
+    torch.manual_seed(0)
+    size = {"dim": 32, "heads": 2, "tokens": 5, "hidden": [64], "head": [64], "act": "wavelet"}
+    return create_model("physicsformer", attention=attention, **size, **BOX)
+
+
+def burgers_loss(model: nn.Module, points: Tensor, method: str) -> Tensor:
+    """Sum of squared residuals of u_t + u u_x = u_xx / (100 pi) over `POINTS`."""
+    d = derivatives(model, points, [(1, 0), (0, 1), (2, 0)], method)
+    residual = d[(0, 1)] + d[(0, 0)] * d[(1, 0)] - 0.01 / math.pi * d[(2, 0)]
+    return residual.square().sum() / POINTS
+
+
+def residual_step(model: nn.Module, points: Tensor, method: str, chunk: int) -> Callable[[], None]:
+    """zero_grad, residual and its gradient in the weights chunk by chunk, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for part in points.split(chunk):
+            burgers_loss(model, part, method).backward()
+        optimizer.step()
+
+    return step
