@@ -7,7 +7,8 @@ O(F E). Self and cross attention use one global state; causal calls give query i
 ``p(i) = i + M - N`` (aligned at the end) or explicit ``positions``.
 
 Implementations: ``reference`` builds the [N, M] matrix; ``torch`` is linear in N and differentiable any number of times; ``triton`` has
-forward and backward kernels for the global state and both reads (see ``triton.py``), no causal form yet.
+forward and backward kernels for the global state and both reads (see ``triton.py``); for causal calls it takes the products over prefixes from
+the kernels of ``kernels.decay`` (a scan without decay), and the running sums, which are memory bound, from torch.
 
 Sources: arXiv 2006.16236 (linear attention), arXiv 2507.00698 (MALA; the default is the official code's form, where phi(k) is divided
 by the number of keys: ``key_norm="mean"``; the paper's formula is ``"sum"``). Causal and cross forms of MALA are this project's: means run
@@ -150,7 +151,7 @@ def linear_attention(
     if feature == "softmax":
         normalize = "none"
     dtype = v.dtype
-    if impl == "triton":
+    if impl == "triton" and not causal:
         from kernels.linear import ops
 
         if not (isinstance(feature, str) and feature in POINTWISE):
@@ -185,6 +186,8 @@ def linear_attention(
         )
         return torch_path.linear_read(phi_q, state, normalize, eps).to(dtype)
     before, (phi_k, v), key_mask = _prefix(op, positions, phi_q, [phi_k, v], key_mask)
+    if impl == "triton":
+        phi_q, phi_k = (_rounded(t, dtype) for t in (phi_q, phi_k))
     return torch_path.causal(
         phi_q,
         phi_k,
@@ -195,6 +198,7 @@ def linear_attention(
         read="linear",
         normalize=normalize,
         eps=eps,
+        product=_product(impl, dtype),
     ).to(dtype)
 
 
@@ -259,7 +263,7 @@ def mala(
         raise ValueError("mala: initial_state needs vsum, and ksum_rot exactly when rotated= is given")
     impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state, feature, q))
     dtype, work = v.dtype, work_dtype(v.dtype)
-    if impl == "triton":
+    if impl == "triton" and not causal:
         from kernels.linear import ops
 
         if not (isinstance(feature, str) and feature in POINTWISE):
@@ -293,6 +297,8 @@ def mala(
         state = add_states(initial_state, state)
         q_rot = None if rotated is None else rotated[0]
         return torch_path.mala_read(phi_q, state, q_rot, key_norm, scale, eps).to(dtype)
+    if impl == "triton":
+        phi_q, phi_k = (_rounded(t, dtype) for t in (phi_q, phi_k))
     key_side = [phi_k, v] if rotated is None else [phi_k, v, rotated[1]]
     before, key_side, key_mask = _prefix(op, positions, phi_q, key_side, key_mask)
     return torch_path.causal(
@@ -307,6 +313,7 @@ def mala(
         scale=scale,
         eps=eps,
         rotated=None if rotated is None else (rotated[0], key_side[2]),
+        product=_product(impl, dtype),
     ).to(dtype)
 
 
@@ -379,10 +386,29 @@ def _key_weight(key_bias: Tensor | None) -> Tensor | None:
 def _gap(causal: bool, initial_state: LinearState | None, feature: Feature, q: Tensor) -> str | None:
     """What the Triton kernels lack for this call."""
     if causal:
-        return "causal=True"
+        return None
     if isinstance(feature, str) and feature_size(feature, q.shape[-1]) > TRITON_MAX_FEATURES:
         return f"more than {TRITON_MAX_FEATURES} features"
-    return None if initial_state is None else "an initial_state"
+    return None if initial_state is None else "an initial_state without causal=True"
+
+
+def _rounded(t: Tensor, dtype) -> Tensor:
+    """Features as the kernels' products see them: normalisers then belong to the same weights, and rows sum to one."""
+    return t.to(dtype).to(t.dtype)
+
+
+def _product(impl: str, dtype):
+    """What sums over prefixes: the torch path's own chunks, or the scan kernels on inputs of ``dtype``."""
+    if impl != "triton":
+        return torch_path.prefix_product
+
+    def product(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int) -> Tensor:
+        from kernels.decay import ops
+
+        q, k, v = (t.to(dtype) for t in (q, k, v))
+        return ops.scan(q, k, v, None, initial, True, True)[0]
+
+    return product
 
 
 def _visible(op: str, causal: bool, positions: Positions | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ chunk states gives every chunk its past, a small masked product its own keys. Ch
 one tensor (that would make the backward quadratic).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -195,8 +196,12 @@ def causal(
     eps: float = 1e-6,
     rotated: tuple[Tensor, Tensor] | None = None,
     chunk: int = CHUNK,
+    product: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Causal linear attention (``read="linear"``) or MALA (``read="mala"``), each query over its own prefix of the keys."""
+    """Causal linear attention (``read="linear"``) or MALA (``read="mala"``), each query over its own prefix of the keys.
+
+    ``product`` takes the arguments of ``prefix_product``, which it replaces.
+    """
     wants_mala = read == "mala"
     phi_k, v = drop_keys(key_mask, phi_k, v)
     ones = v.new_ones(v.shape[0], 1, v.shape[2], 1)
@@ -213,7 +218,8 @@ def causal(
         )
     fq, fk, val, one = q_side[0], *k_side[:3]
     rq, rk = (q_side[1], k_side[3]) if rotated is not None else (fq, fk)
-    num = prefix_product(rq, rk, val, None if initial is None else initial.kv, chunk)
+    product = product or prefix_product
+    num = product(rq, rk, val, None if initial is None else initial.kv, chunk)
     if read == "linear" and normalize == "none":
         return back(num)
     ksum = prefix_sum(fk, None if initial is None else initial.ksum)

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from kernels.linear import linear_attention, mala, ops
+from kernels.linear import global_state, linear_attention, mala, ops
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_interpreter.py"
 
@@ -26,12 +26,14 @@ SIZES = {"N7M65D8E20": (7, 65, 8, 20), "N65M33D20E8": (65, 33, 20, 8), "N1M130D6
 @pytest.fixture(autouse=True)
 def nan_scratch(monkeypatch):
     """Memory that a kernel forgets to write must show."""
+    from kernels.decay import launch as decay_launch
     from kernels.linear import launch
 
     def new(like, *shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
 
     monkeypatch.setattr(launch, "_new", new)
+    monkeypatch.setattr(decay_launch, "_new", new)
     monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 12)  # three or so splits at these sizes
 
 
@@ -62,10 +64,10 @@ def run(call: str, impl: str, args: dict, dtype: torch.dtype, weight: torch.Tens
     return {"out": out.double(), **{f"d{n}": g.double() for n, g in zip(leaves, grads, strict=True)}}
 
 
-def compare(call, sizes, dtype, feature="elu1", masked=True):
+def compare(call, sizes, dtype, feature="elu1", masked=True, **options):
     args, mask, weight = inputs(sizes, call)
     args = {n: t.to(dtype).double() for n, t in args.items()}  # the reference sees the same rounded numbers
-    options = {"feature": feature, "key_mask": mask if masked else None}
+    options |= {"feature": feature, "key_mask": mask if masked else None}
     want = run(call, "reference", args, torch.float64, weight, **options)
     have = run(call, "triton", args, dtype, weight, **options)
     low = run(call, "torch", args, dtype, weight, **options)
@@ -174,9 +176,46 @@ def test_compiles_into_one_graph_around_the_operators(call):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_causal_names_the_way_out():
+def test_prefix_sums_of_zero_keys():
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 0, 0))
+    assert (linear_attention(q, k, v, causal=True, impl="triton") == 0).all()
+
+
+@pytest.mark.parametrize("call", ["linear", "linear-none", "mala", "mala-sum", "mala-rotated"])
+def test_causal_values_and_gradients(call):
+    """Through the scan kernels; positions with rows that see nothing, and more keys than queries."""
+    compare(call, (9, 37, 8, 20), torch.float32, causal=True)
+    positions = torch.randint(-1, 19, (2, 9), generator=torch.Generator().manual_seed(2))
+    compare(call, (9, 19, 8, 20), torch.float32, causal=True, positions=positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_causal_half(dtype):
+    compare("mala", (17, 17, 20, 16), dtype, causal=True)
+
+
+def test_causal_from_a_state():
+    """A state of earlier keys, with its gradient."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 34, 8, generator=gen) for _ in range(3))
+    head, rest = (slice(None), slice(None), slice(0, 20)), (slice(None), slice(None), slice(20, 34))
+
+    def run(impl):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        x, y, z = leaves
+        phi = torch.nn.functional.elu(y) + 1
+        state = global_state(phi[head], z[head])
+        out = mala(x[rest], y[rest], z[rest], causal=True, initial_state=state, impl=impl)
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    for have, want in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_missing_names_the_way_out():
     q, k, v = (torch.randn(1, 1, 3, 8) for _ in range(3))
+    state = global_state(k, v)
     with pytest.raises(NotImplementedError, match="impl='torch'"):
-        linear_attention(q, k, v, causal=True, impl="triton")
+        linear_attention(q, k, v, initial_state=state, impl="triton")
     with pytest.raises(NotImplementedError, match="impl='torch'"):
         mala(q.double(), k.double(), v.double(), impl="triton")
