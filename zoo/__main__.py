@@ -8,6 +8,8 @@ COMMANDS = {
     "show": "one variant, or the card of trained weights",
     "predict": "use trained weights on files",
     "convert": "swap the attention of trained weights",
+    "export": "write trained weights as ONNX or torch.export programs",
+    "package": "move a finished run's best weights into the zoo under their name",
     "verify": "evaluate weights again and compare with their cards",
     "report": "leaderboard over any run folders",
     "fetch": "bring data sets into the cache, for machines without network",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from zoo.attention.slots import AttentionFactory
 from zoo.errors import CapabilityError, WeightsError
 from zoo.models.registry import build_model, get_model
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
+from zoo.pretrained.storage import decode
 
 FORMAT = 1
 # A name such as vit_micro_mala.mnist has a dot too; these say that a file is meant.
@@ -32,9 +34,20 @@ def card_path(weights: Path) -> Path:
 
 def save_weights(path: Path, model: nn.Module, card: dict[str, Any]) -> None:
     """Write `path` (.safetensors) and its card; each appears whole or not at all."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    save_tensors(path, {k: v.detach().cpu() for k, v in model.state_dict().items()}, card)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """`save_weights` for tensors at hand."""
+    tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
     _replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
     card = {"format": FORMAT, "sha256": sha256(path), "bytes": path.stat().st_size, **card}
+    _replace(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
+
+
+def update_card(path: Path, **changes: Any) -> None:
+    """Change entries of the card beside weights `path`."""
+    card = {**read_card(path), **changes}
     _replace(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
 
 
@@ -76,7 +89,7 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
             f"{path} is not the file that its card describes (SHA-256 differs); fetch or save it again"
         )
     try:
-        return load_file(path)
+        return decode(load_file(path))
     except (SafetensorError, ValueError, OSError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from None
 
@@ -126,6 +139,10 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
             f"{path} does not fit {type(model).__name__}: {report}; load with strict=False to take what fits"
         )
     fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+    if any(k in fitting for k, _ in model.named_parameters()) and all(
+        fitting[k].dtype == torch.float64 for k, _ in model.named_parameters() if k in fitting
+    ):
+        model.double()  # solvers end their training in double precision
     model.load_state_dict(fitting, strict=False)
     report.loaded = len(fitting)
     return report
@@ -141,7 +158,7 @@ def resolve(name: str | Path) -> Path:
     if path.suffix in FILE_SUFFIXES or path.exists() or path.parent != Path("."):
         return path
     tried = []
-    for folder in (local_folder(), Path(__file__).parent / "weights"):
+    for folder in (local_folder(), packaged_folder()):
         candidate = folder / f"{name}.safetensors"
         if candidate.exists():
             return candidate
@@ -151,7 +168,7 @@ def resolve(name: str | Path) -> Path:
 
 def list_weights(name: str = "*") -> list[str]:
     """Names of local and packaged weights that match the shell pattern `name`."""
-    folders = (local_folder(), Path(__file__).parent / "weights")
+    folders = (local_folder(), packaged_folder())
     return sorted({p.stem for folder in folders for p in folder.glob(f"{name}.safetensors")})
 
 
@@ -159,6 +176,11 @@ def local_folder() -> Path:
     """Where the user's own named weights lie."""
     root = os.environ.get("ZOO_WEIGHTS")
     return Path(root) if root else Path.home() / ".cache" / "attention-zoo" / "weights"
+
+
+def packaged_folder() -> Path:
+    """Where the weights lie that come with the package."""
+    return Path(__file__).parent / "weights"
 
 
 def build_from_card(card: dict[str, Any]) -> nn.Module:

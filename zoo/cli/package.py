@@ -1,0 +1,41 @@
+"""python -m zoo package RUN_FOLDER: move a run's best weights into the zoo under `model_size_attention.dataset`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    from zoo.cli.verify import reproduce
+    from zoo.pretrained.package import package
+    from zoo.pretrained.storage import STORAGES
+    from zoo.pretrained.weights import local_folder, packaged_folder, update_card
+
+    parser = argparse.ArgumentParser(prog="python -m zoo package", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="finished run folder")
+    parser.add_argument(
+        "--seeds", type=Path, nargs="+", default=(), help="runs with other seeds, for intervals"
+    )
+    parser.add_argument("--storage", default="full", choices=STORAGES, help="precision in the file")
+    parser.add_argument("--name", help="other than model_size_attention.dataset")
+    parser.add_argument("--licence", help="where the data name none")
+    parser.add_argument("--local", action="store_true", help="into your own folder instead of the package's")
+    args = parser.parse_args(argv)
+    folder = local_folder() if args.local else packaged_folder()
+    path = package(
+        args.run, folder, name=args.name, storage=args.storage, licence=args.licence, seeds=args.seeds
+    )
+    if args.storage != "full":
+        # The card states what the rounded weights reach.
+        try:
+            before, now = reproduce(str(path))
+        except BaseException:
+            path.unlink()
+            path.with_suffix(".json").unlink()
+            raise
+        update_card(path, metrics={k: now[k] for k in before if k in now}, metrics_before_rounding=before)
+        for metric, value in before.items():
+            print(f"{metric}: {value:.5g} before rounding, {now.get(metric, float('nan')):.5g} after")
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
+    return 0
