@@ -280,6 +280,12 @@ def test_group_attention_masks_nodes_and_checks_size():
     assert build("gman", group_size=-1)(**inputs()).isfinite().all()
 
 
+def test_groups_beside_values_from_features_alone():
+    """The paper's size: the temporal attention takes values of its own while the groups take theirs from the joint input."""
+    model = build("gman", size="paper", group_size=-1, depth=1, num_heads=2, embedding="learned")
+    assert model(**inputs()).isfinite().all()
+
+
 def test_group_size_minimises_pairs_and_grows_as_four_thirds():
     def pairs(nodes, size):
         return nodes * size + (nodes / size) ** 2

@@ -82,10 +82,10 @@ class SpatioTemporalBlock(nn.Module):
         if o["graph"] == "sparse":
             self.spatial: nn.Module = SparseGraphAttention(2 * dim, heads, head_dim=d)
         elif o["group_size"]:
-            size = 0 if o["group_size"] < 0 else o["group_size"]
-            common.pop("value_dim", None)
+            size = max(0, o["group_size"])
+            # Values from H beside E whatever `value_input` says: groups are pooled with what they are compared by.
             self.spatial = GroupAttention(
-                attention["spatial"], 2 * dim, heads, num_nodes=sensors, group_size=size, **common
+                attention["spatial"], 2 * dim, heads, num_nodes=sensors, group_size=size, head_dim=d
             )
         else:
             self.spatial = attention["spatial"](2 * dim, heads, length=sensors, **common)

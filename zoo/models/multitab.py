@@ -171,6 +171,7 @@ class MultiTab(nn.Module):
             )
             for _ in range(depth)
         )
+        self.blocks[0].norm1 = nn.Identity()  # the embeddings' scale is information, as in FT-Transformer
         self.samples = nn.ModuleList(
             SampleAttention(
                 attention["samples"],
@@ -183,9 +184,7 @@ class MultiTab(nn.Module):
             for _ in range(depth if inter_sample else 0)
         )
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(dim), nn.Linear(dim, head_hidden), nn.ReLU(), nn.Linear(head_hidden, o)
-            )
+            nn.Sequential(nn.Linear(dim, head_hidden), nn.ReLU(), nn.Linear(head_hidden, o))
             for o in self.outputs
         )
         if inter_sample:
