@@ -7,6 +7,19 @@ from torch import Tensor
 BASE = 4
 
 
+def detached_gates(log_g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gates [B, H, M] or [B, H, M, D] without gradient, and ``C - C.detach()`` for their running sum C over all steps.
+
+    The second is zero but carries the derivative. A scan's weights depend on the gates as ``e^{C_r - C_i}`` only, so e^{+-zero} on
+    queries and keys (on outputs and values for one gate per step) gives derivatives of every order exactly, and nothing inside the chunks,
+    least of all the matrices of pairs, needs a gradient of its gates. (None, None) or (gates, None) where none is wanted.
+    """
+    if log_g is None or not log_g.requires_grad:
+        return log_g, None
+    cum = log_g.cumsum(2)
+    return log_g.detach(), cum - cum.detach()
+
+
 def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tensor:
     """``A_ri = sum_d q_rd k_id exp(cum_rd - cum_id)`` for i <= r (i < r without ``diagonal``), zero above; [..., T, T].
 

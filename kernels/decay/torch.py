@@ -7,7 +7,7 @@ are stacked, never written into slices of one tensor (autograd would copy the wh
 import torch
 from torch import Tensor
 
-from kernels._common.gates import gated_products, running_states
+from kernels._common.gates import detached_gates, gated_products, running_states
 from kernels._common.prefix import chunked, even_chunk, power_chunk
 
 CHUNK = 64
@@ -25,9 +25,16 @@ def scan(
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in ``reference.scan``, without input gates; o [B, H, L, E] and the last state [B, H, D, E]."""
+    gates, zero = detached_gates(log_g)
     if log_g is not None and log_g.dim() == 4:
-        return _vector(q, k, v, log_g, inclusive, initial, chunk or VECTOR_CHUNK)
-    return _scalar(q, k, v, log_g, inclusive, initial, chunk or CHUNK)
+        if zero is not None:
+            q, k = q * zero.exp(), k * (-zero).exp()
+        o, last = _vector(q, k, v, gates, inclusive, initial, chunk or VECTOR_CHUNK)
+        return o, last if zero is None else last * zero[:, :, -1, :, None].exp()
+    if zero is None:
+        return _scalar(q, k, v, gates, inclusive, initial, chunk or CHUNK)
+    o, last = _scalar(q, k, v * (-zero).exp()[..., None], gates, inclusive, initial, chunk or CHUNK)
+    return o * zero.exp()[..., None], last * zero[:, :, -1, None, None].exp()
 
 
 def _scalar(q, k, v, log_g, inclusive, initial, chunk):
@@ -44,10 +51,10 @@ def _scalar(q, k, v, log_g, inclusive, initial, chunk):
     total = cum[..., -1:]
     own = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(diagonal)
     # Masked before exp: entries above the diagonal may be large, and inf * 0 would make gradients NaN.
-    weights = scores * (cum[..., :, None] - cum[..., None, :]).masked_fill(~own, float("-inf")).exp()
+    decay = (cum[..., :, None] - cum[..., None, :]).masked_fill_(~own, float("-inf")).exp()
     states = (kc * (total - cum).exp()[..., None]).mT @ vc
     past, last = running_states(total.exp()[..., None], states, initial)
-    o = weights @ vc + (qc * cum.exp()[..., None]) @ past
+    o = (scores * decay) @ vc + (qc * cum.exp()[..., None]) @ past
     return o.flatten(2, 3)[:, :, :length], last
 
 

@@ -8,7 +8,7 @@ over chunks. The triangular system is solved by substitution in float32 or float
 import torch
 from torch import Tensor
 
-from kernels._common.gates import gated_products
+from kernels._common.gates import detached_gates, gated_products
 from kernels._common.prefix import chunked, even_chunk, power_chunk
 
 CHUNK = 64
@@ -39,12 +39,15 @@ def scan(
         o [B, H, L, E] (None without ``outputs``) and the last state [B, H, D, E].
     """
     running = running or running_states
-    length, e = q.shape[2], v.shape[-1]
+    length, d, e = q.shape[2], k.shape[-1], v.shape[-1]
     vector = log_g is not None and log_g.dim() == 4
     if vector:
         chunk = power_chunk(length, 1 << ((chunk or VECTOR_CHUNK) - 1).bit_length())  # halves must be whole
     else:
         chunk = even_chunk(length, chunk or CHUNK)
+    gates, zero = detached_gates(log_g)
+    if zero is not None and not vector:
+        v = v * (-zero).exp()[..., None]
     qc, kc, vc = (chunked(t, chunk) for t in (q, k, v))
     bc = chunked(beta, chunk)[..., None]
     inclusive = read == "inclusive"
@@ -55,20 +58,24 @@ def scan(
             mixed = (qc @ kc.mT).tril(0 if inclusive else -1)
         k_start, k_end, q_start, across = kc, kc, qc, None
     elif vector:
-        cum = chunked(log_g, chunk).cumsum(-2)
+        cum = chunked(gates, chunk).cumsum(-2)
         total = cum[..., -1:, :]
-        overlap = gated_products(kc, kc, cum, diagonal=False)
+        k_read = kc
+        if zero is not None:
+            ahead = chunked(zero, chunk)
+            k_read, qc, kc = kc * ahead.exp(), qc * ahead.exp(), kc * (-ahead).exp()
+        overlap = gated_products(k_read, kc, cum, diagonal=False)
         if outputs:
             mixed = gated_products(qc, kc, cum, diagonal=inclusive)
         from_start = cum.exp()
-        k_start, q_start, k_end = kc * from_start, qc * from_start, kc * (total - cum).exp()
+        k_start, q_start, k_end = k_read * from_start, qc * from_start, kc * (total - cum).exp()
         across = total.exp().mT
     else:
-        cum = chunked(log_g, chunk).cumsum(-1)
+        cum = chunked(gates, chunk).cumsum(-1)
         total = cum[..., -1:]
         seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
         # Masked before exp: entries above the diagonal may be large, and inf * 0 would make gradients NaN.
-        decay = (cum[..., :, None] - cum[..., None, :]).masked_fill(~seen, float("-inf")).exp()
+        decay = (cum[..., :, None] - cum[..., None, :]).masked_fill_(~seen, float("-inf")).exp()
         overlap = ((kc @ kc.mT) * decay).tril(-1)
         if outputs:
             mixed = (qc @ kc.mT) * decay
@@ -80,16 +87,18 @@ def scan(
     solved = torch.linalg.solve_triangular(
         system, bc * torch.cat((vc, k_start), -1), upper=False, unitriangular=True
     )
-    u, w = solved[..., :e], solved[..., e:]
-    moved = k_end.mT @ torch.cat((u, w), -1)  # [B, H, C, D, E + D]
-    writes, erases = moved[..., :e], moved[..., e:]
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    u, w = solved.split((e, d), -1)
+    writes, erases = (k_end.mT @ solved).split((e, d), -1)  # [B, H, C, D, E], [B, H, C, D, D]
+    eye = torch.eye(d, dtype=k.dtype, device=k.device)
     keeps = (eye if across is None else eye * across) - erases
     before, last = running(keeps, writes, initial)
+    if zero is not None:
+        end = zero[:, :, -1].exp()
+        last = last * (end[..., None] if vector else end[..., None, None])
     if not outputs:
         return None, last
-    o = q_start @ before + mixed @ (u - w @ before)
-    return o.flatten(2, 3)[:, :, :length], last
+    o = (q_start @ before + mixed @ (u - w @ before)).flatten(2, 3)[:, :, :length]
+    return o if zero is None or vector else o * zero.exp()[..., None], last
 
 
 def running_states(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
