@@ -16,6 +16,7 @@ from tasks._matching import Weights, match, mean_over_processes, set_losses
 from tasks._vision_metrics import CocoScores
 from tasks.base import Batch, ZooTask
 from zoo.errors import ConfigError, unknown
+from zoo.layers.backbones import load_pretrained_backbone
 from zoo.layers.boxes import to_cxcywh, to_xyxy
 
 CLASS_LOSSES = ("focal", "mal")
@@ -34,6 +35,7 @@ class Detection(ZooTask):
         many_weight: Factor on the losses of the one-to-many group.
         no_object_weight: Weight of the no-object class in cross-entropy.
         max_detections: Highest-scoring pairs of query and class kept per image.
+        pretrained_backbone: Start from timm's published weights of `model.backbone`.
     """
 
     monitor = "ap"
@@ -55,6 +57,7 @@ class Detection(ZooTask):
         many_weight: float = 1.0,
         no_object_weight: float = 0.1,
         max_detections: int = 100,
+        pretrained_backbone: bool = False,
         **common: Any,
     ) -> None:
         if class_loss not in CLASS_LOSSES:
@@ -71,6 +74,8 @@ class Detection(ZooTask):
             raise ConfigError("task.many_repeat and task.max_detections must be at least 1")
         data.require("boxes", "detr")
         self.__dict__["_truth_of"] = data.ground_truth
+        if pretrained_backbone:
+            load_pretrained_backbone(model)
         super().__init__(model, data, **common)
         self.softmax = bool(getattr(model, "softmax_classes", False))
         self.delta = getattr(model, "box_form", "sigmoid") == "delta"

@@ -16,6 +16,8 @@ from tasks._mask_matching import MaskWeights, mask_set_losses
 from tasks._vision_metrics import SegmentationScores
 from tasks.base import Batch, ZooTask
 from zoo.errors import ConfigError, unknown
+from zoo.layers.backbones import load_pretrained_backbone
+from zoo.layers.windows import sliding_window
 
 MASK_LOSSES = ("pixel", "matched")
 
@@ -29,6 +31,8 @@ class Segmentation(ZooTask):
         mask_loss: "pixel": cross-entropy and Dice on every pixel's classes; "matched": queries are matched to the
             classes of each image (heads with queries).
         mask_points: Points of a mask that the matched loss looks at.
+        window: Side of overlapping windows in which images are read in validation and test; None for whole images.
+        pretrained_backbone: Start from timm's published weights of `model.backbone`.
     """
 
     mode = "max"
@@ -43,23 +47,29 @@ class Segmentation(ZooTask):
         label_smoothing: float = 0.0,
         mask_loss: str = "pixel",
         mask_points: int = 1024,
+        window: int | None = None,
+        pretrained_backbone: bool = False,
         **common: Any,
     ) -> None:
         if mask_loss not in MASK_LOSSES:
             raise unknown("task.mask_loss", mask_loss, MASK_LOSSES)
         if mask_loss == "matched" and not getattr(model, "prefix", 0):
             raise ConfigError("task.mask_loss=matched needs a head with queries: model.head=eomt")
-        if mask_points < 1:
-            raise ConfigError(f"task.mask_points={mask_points} must be at least 1")
+        for key, value in (("mask_points", mask_points), ("window", window)):
+            if value is not None and value < 1:
+                raise ConfigError(f"task.{key}={value} must be at least 1")
         if dice_weight < 0:
             raise ConfigError(f"task.dice_weight={dice_weight} must not be negative")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
         data.require("masks", "segmentation")
         self.classes, self.has_background = len(data.mask_labels), data.has_background
+        if pretrained_backbone:
+            load_pretrained_backbone(model)
         super().__init__(model, data, **common)
         self.dice_weight, self.label_smoothing = dice_weight, label_smoothing
         self.mask_loss, self.mask_points = mask_loss, mask_points
+        self.window = window
         self.monitor = "miou_foreground" if self.has_background else "miou"
         self.headline = [
             k for k in ("miou_foreground", "miou", "dice", "accuracy") if self.has_background or "_" not in k
@@ -96,8 +106,11 @@ class Segmentation(ZooTask):
         )
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
-        logits = self.model(batch["image"])
-        predicted = logits.argmax(1)
+        if self.window:
+            scores = sliding_window(self.model, batch["image"], (self.window, self.window))
+        else:
+            scores = self.model(batch["image"])
+        predicted = scores.argmax(1)
         metrics.update(predicted, batch["mask"])
         if split == "test":
             self._counts = metrics["scores"].counts.clone()

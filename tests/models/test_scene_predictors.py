@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from zoo.attention.slots import resolve_slots
-from zoo.errors import DataError
+from zoo.errors import ConfigError, DataError
 from zoo.models import get_model
 from zoo.predict import get_predictor
 
@@ -51,6 +51,22 @@ def test_masks_have_the_size_of_the_picture(picture):
     assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-2)
     assert torch.equal(own.classes(picture), torch.tensor(found["mask"]))
     assert "%" in own.format(picture, found)
+
+
+def test_windows_keep_the_resolution(picture):
+    own = predictor("segmentation", "segmenter", ["background", *"0123456789"], dim=32, stem_width=8)
+    seen = []
+    own.model.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape[-2:])))
+    whole = own.classes(picture)
+    assert own.options({"window": "train"}) == [] and own.window == (64, 64)
+    assert own.classes(picture).shape == whole.shape == (50, 100)
+    own.options({"window": "32"})
+    own.classes(picture)
+    assert seen == [(64, 64), (64, 64), (32, 32)]
+    with pytest.raises(ConfigError, match="--window many"):
+        own.options({"window": "many"})
+    with pytest.raises(ConfigError, match="did you mean '--window'"):
+        own.options({"windw": "32"})
 
 
 def test_unreadable_pictures_are_named(tmp_path):

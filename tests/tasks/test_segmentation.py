@@ -141,6 +141,16 @@ def test_every_variant_trains_or_refuses(attention):
     assert 0 <= float(trainer.callback_metrics["test/miou"]) <= 1
 
 
+def test_windows_in_validation():
+    data = small_scenes()
+    task = Segmentation(make().eval(), data, window=32)
+    batch = next(iter(data.val_dataloader()))
+    task.update_metrics(batch, task.metrics["valid"], "valid")
+    assert int(task.metrics["valid"]["scores"].counts.sum()) == batch["mask"].numel()
+    with pytest.raises(ConfigError, match=r"task\.window=0"):
+        Segmentation(make(), data, window=0)
+
+
 def test_figures_and_card(tmp_path):
     data = small_scenes(test_scenes=3)
     task = Segmentation(make(), data)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
+from zoo.layers.backbones import make_backbone
 from zoo.layers.detr_blocks import BoxHead, QueryBlock
 from zoo.layers.mlp import Mlp
 from zoo.layers.patch import as_pair
 from zoo.layers.position import sine_positions
-from zoo.layers.pyramid import PyramidStem, tokens_of, valid_pixels
+from zoo.layers.pyramid import tokens_of, valid_pixels
 from zoo.models.registry import register_model
 
 
@@ -59,6 +60,7 @@ class Detr(nn.Module):
         in_channels: Channels of the image.
         num_classes: Number of object classes.
         padded: Images may be smaller than the batch; attention then gets key masks.
+        backbone: timm's name of a model whose maps replace the stem; None for the stem.
         stem_width: Channels of the stem's first stage; they double up to `dim`.
         stride: Pixels per token along each axis, a power of two from 2 on.
         dim: Width C, divisible by 4.
@@ -82,6 +84,7 @@ class Detr(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         padded: bool = False,
+        backbone: str | None = None,
         stem_width: int = 24,
         stride: int = 8,
         dim: int = 96,
@@ -93,9 +96,6 @@ class Detr(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        stages = stride.bit_length() - 1
-        if stride < 2 or 2**stages != stride:
-            raise ConfigError(f"stride={stride} must be a power of two from 2 on")
         if dim % 4 or dim % num_heads:
             raise ConfigError(f"dim={dim} must be divisible by 4 and by num_heads={num_heads}")
         if queries < 1 or decoder_depth < 1:
@@ -104,8 +104,14 @@ class Detr(nn.Module):
         self.grid = Grid((-(-height // stride), -(-width // stride)))
         self.num_classes, self.in_channels, self.stride, self.dim = num_classes, in_channels, stride, dim
         self.padded = padded
-        widths = [*(min(dim, stem_width << i) for i in range(stages - 1)), dim]
-        self.stem = PyramidStem(in_channels, widths, refine=max(1, stages - 1))
+        self.stem = make_backbone(
+            backbone,
+            in_channels,
+            dim,
+            stride=stride,
+            stem_width=stem_width,
+            image_size=image_size,
+        )
         self.encoder = nn.ModuleList(
             _EncoderLayer(attention["encoder"], dim, num_heads, mlp_ratio, dropout, self.grid)
             for _ in range(encoder_depth)
@@ -143,9 +149,9 @@ class Detr(nn.Module):
         return slots
 
     def reset_parameters(self) -> None:
-        """Xavier for projections; a variant's own parameters keep what it gave them."""
-        variants = [m for m in self.modules() if isinstance(m, Attention)]
-        foreign = {id(layer) for variant in variants for layer in variant.modules()}
+        """Xavier for projections; variants and backbones keep what they gave theirs."""
+        own = [self.stem, *(m for m in self.modules() if isinstance(m, Attention))]
+        foreign = {id(layer) for module in own for layer in module.modules()}
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and id(layer) not in foreign:
                 nn.init.xavier_uniform_(layer.weight)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError, unknown
+from zoo.layers.backbones import make_backbone
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.box_rpb import BoxRPB
 from zoo.layers.boxes import apply_delta, inverse_sigmoid, to_xyxy
@@ -26,7 +27,7 @@ from zoo.layers.bvr import BridgeRepresentations
 from zoo.layers.detr_blocks import BoxHead, QueryBlock, grid_anchors
 from zoo.layers.patch import as_pair
 from zoo.layers.position import sine_positions, sine_positions_2d
-from zoo.layers.pyramid import PyramidStem, tokens_of, valid_pixels
+from zoo.layers.pyramid import tokens_of, valid_pixels
 from zoo.models.registry import register_model
 
 BOX_FORMS = ("delta", "sigmoid")
@@ -42,6 +43,7 @@ class PlainDetr(nn.Module):
         in_channels: Channels of the image.
         num_classes: Number of object classes.
         padded: Images may be smaller than the batch; attention then gets key masks.
+        backbone: timm's name of a model whose maps replace the stem; None for the stem.
         stem_width: Channels of the stem's first stage; they double up to `dim`.
         stride: Pixels per token along each axis, a power of two from 2 on.
         dim: Width C, divisible by 4.
@@ -73,6 +75,7 @@ class PlainDetr(nn.Module):
         in_channels: int = 3,
         num_classes: int = 10,
         padded: bool = False,
+        backbone: str | None = None,
         stem_width: int = 24,
         stride: int = 8,
         dim: int = 96,
@@ -92,9 +95,6 @@ class PlainDetr(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        stages = stride.bit_length() - 1
-        if stride < 2 or 2**stages != stride:
-            raise ConfigError(f"stride={stride} must be a power of two from 2 on")
         if dim % 4 or dim % num_heads:
             raise ConfigError(f"dim={dim} must be divisible by 4 and by num_heads={num_heads}")
         if queries < 1 or many_queries < 0 or decoder_depth < 1:
@@ -117,8 +117,14 @@ class PlainDetr(nn.Module):
         self.queries, self.many_queries, self.padded = queries, many_queries, padded
         self.two_stage, self.anchor_size, self.box_form = two_stage, anchor_size, box_form
 
-        widths = [*(min(dim, stem_width << i) for i in range(stages - 1)), dim]
-        self.stem = PyramidStem(in_channels, widths, refine=max(1, stages - 1))
+        self.stem = make_backbone(
+            backbone,
+            in_channels,
+            dim,
+            stride=stride,
+            stem_width=stem_width,
+            image_size=image_size,
+        )
         self.encoder = nn.ModuleList(
             TransformerBlock(
                 attention["encoder"],
@@ -201,8 +207,8 @@ class PlainDetr(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier for projections, boxes at their reference, class scores at a prior of 0.01."""
-        variants = [m for m in self.modules() if isinstance(m, Attention)]
-        foreign = {id(layer) for variant in variants for layer in variant.modules()}
+        own = [self.stem, *(m for m in self.modules() if isinstance(m, Attention))]
+        foreign = {id(layer) for module in own for layer in module.modules()}
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and id(layer) not in foreign:
                 nn.init.xavier_uniform_(layer.weight)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError, unknown
+from zoo.layers.backbones import make_backbone
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.drop import depth_rates
 from zoo.layers.macmd import MacmdHead
 from zoo.layers.patch import as_pair
 from zoo.layers.position import resample_positions
-from zoo.layers.pyramid import PyramidStem, tokens_of
+from zoo.layers.pyramid import tokens_of
 from zoo.layers.seg_heads import EncoderOnlyHead, LinearHead, MaskTransformerHead, UperNetHead, resize
 from zoo.models.registry import register_model
 
@@ -39,6 +40,7 @@ class Segmenter(nn.Module):
         num_classes: Number of classes.
         head: linear, mask_transformer, upernet, eomt, macmd.
         patch_size: Pixels per token along each axis, a power of two from 2 on.
+        backbone: timm's name of a model whose maps replace the stem; None for the stem.
         stem_width: Channels of the stem's first stage; they double up to `dim`.
         dim: Width C of the tokens.
         depth: Number of blocks, at least 1.
@@ -63,6 +65,7 @@ class Segmenter(nn.Module):
         num_classes: int = 11,
         head: str = "upernet",
         patch_size: int = 8,
+        backbone: str | None = None,
         stem_width: int = 16,
         dim: int = 128,
         depth: int = 4,
@@ -76,9 +79,6 @@ class Segmenter(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        stages = patch_size.bit_length() - 1
-        if patch_size < 2 or 2**stages != patch_size:
-            raise ConfigError(f"patch_size={patch_size} must be a power of two from 2 on")
         if head not in HEADS:
             raise unknown("segmentation head", head, HEADS)
         if num_classes < 2:
@@ -86,8 +86,15 @@ class Segmenter(nn.Module):
         self.num_classes, self.in_channels, self.patch_size = num_classes, in_channels, patch_size
         height, width = as_pair(image_size)
         self.grid = Grid((-(-height // patch_size), -(-width // patch_size)))
-        widths = [*(min(dim, stem_width << i) for i in range(stages - 1)), dim]
-        self.stem = PyramidStem(in_channels, widths, refine=max(1, stages - 1))
+        self.stem = make_backbone(
+            backbone,
+            in_channels,
+            dim,
+            stride=patch_size,
+            stem_width=stem_width,
+            image_size=image_size,
+            stride_key="patch_size",
+        )
         self.position_std = position_std
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid.tokens, dim))
         self.prefix = head_queries if head == "eomt" else 0
@@ -122,12 +129,14 @@ class Segmenter(nn.Module):
                 length=self.grid.tokens,
             )
         elif head == "eomt":
-            self.head = EncoderOnlyHead(dim, num_classes, queries=head_queries, steps=max(1, stages - 2))
+            self.head = EncoderOnlyHead(
+                dim, num_classes, queries=head_queries, steps=max(1, patch_size.bit_length() - 3)
+            )
         elif head == "macmd":
-            self.head = MacmdHead(dim, num_classes, width=head_width, stem=widths)
+            self.head = MacmdHead(dim, num_classes, width=head_width, stem=self.stem.widths)
         else:
             self.head = UperNetHead(
-                dim, num_classes, width=head_width, stem=widths, cell=max(1, patch_size // 4)
+                dim, num_classes, width=head_width, stem=self.stem.widths, cell=max(1, patch_size // 4)
             )
         taps = sorted(max(0, -(-depth * k // 4) - 1) for k in (1, 2, 3, 4))
         self.taps = tuple(taps)
@@ -142,9 +151,9 @@ class Segmenter(nn.Module):
         return slots
 
     def reset_parameters(self) -> None:
-        """Xavier for projections; a variant's own parameters keep what it gave them."""
-        variants = [m for m in self.modules() if isinstance(m, Attention)]
-        foreign = {id(layer) for variant in variants for layer in variant.modules()}
+        """Xavier for projections; variants and backbones keep what they gave theirs."""
+        own = [self.stem, *(m for m in self.modules() if isinstance(m, Attention))]
+        foreign = {id(layer) for module in own for layer in module.modules()}
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and id(layer) not in foreign:
                 nn.init.xavier_uniform_(layer.weight)

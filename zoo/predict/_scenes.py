@@ -42,10 +42,14 @@ def fit(image: Any, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     size = (max(1, round(image.height * factor)), max(1, round(image.width * factor)))
     if size != (image.height, image.width):
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return F.pad(pixels_of(image, settings), (0, width - size[1], 0, height - size[0])), torch.tensor([size])
+
+
+def pixels_of(image: Any, settings: dict[str, Any]) -> Tensor:
+    """Normalised pixels [1, C, height, width] of a PIL image, at its own resolution."""
     if settings["channels"] == 1:
         image = image.convert("L")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
-    pixels = pixels.view(*size, settings["channels"]).permute(2, 0, 1)
+    pixels = pixels.view(image.height, image.width, settings["channels"]).permute(2, 0, 1)
     mean, std = (torch.tensor(settings[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    pixels = F.pad((pixels - mean) / std, (0, width - size[1], 0, height - size[0]))
-    return pixels[None], torch.tensor([size])
+    return ((pixels - mean) / std)[None]

@@ -9,12 +9,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from zoo.errors import ConfigError, unknown
+from zoo.layers.windows import sliding_window
 from zoo.predict import Predictor
-from zoo.predict._scenes import SUFFIXES, fit, open_image
+from zoo.predict._scenes import SUFFIXES, fit, open_image, pixels_of
 
 
 class TaskPredictor(Predictor):
-    """Labels the pixels of pictures given as paths or PIL images."""
+    """Labels the pixels of pictures given as paths or PIL images.
+
+    Pictures are scaled to the size that the model was trained on. With `--window PIXELS` they keep their resolution and
+    are read in overlapping windows of that side (`--window train`: the training size).
+    """
+
+    window: tuple[int, int] | None = None
+
+    def options(self, given: dict[str, str]) -> list[str]:
+        given = dict(given)
+        side = given.pop("window", None)
+        if side == "train":
+            self.window = tuple(self.preprocessing["size"])
+        elif side is not None:
+            if not side.isdigit() or int(side) < 1:
+                raise ConfigError(f"--window {side}: give a number of pixels, or train")
+            self.window = (int(side), int(side))
+        for name in given:
+            raise unknown("option of predict:", f"--{name}", ("--window", "--json"))
+        return []
 
     def inputs(self, arguments: list[str]) -> Iterator[str]:
         for item in super().inputs(arguments):
@@ -29,6 +50,9 @@ class TaskPredictor(Predictor):
     def classes(self, raw: Any) -> torch.Tensor:
         """Class of every pixel of the picture in its own size, int64 [height, width]."""
         image = open_image(raw)
+        if self.window:
+            pixels = pixels_of(image, self.preprocessing)
+            return sliding_window(self.model, pixels, self.window)[0].argmax(0)
         pixels, size = fit(image, self.preprocessing)
         height, width = size[0].tolist()
         logits = self.model(pixels)[..., :height, :width]
@@ -41,6 +65,10 @@ class TaskPredictor(Predictor):
         counts = torch.bincount(mask.flatten(), minlength=len(self.labels)).tolist()
         shares = {n: round(c / mask.numel(), 4) for n, c in zip(self.labels, counts, strict=True) if c}
         return {"size": list(mask.shape), "shares": shares, "mask": mask.tolist()}
+
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per class that occurs."""
+        return [{"label": label, "share": share} for label, share in prediction["shares"].items()]
 
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         shares = sorted(prediction["shares"].items(), key=lambda item: -item[1])
