@@ -15,8 +15,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 
 from tasks.asr_analysis import Picture, analyse
 from tasks.asr_batches import search_batch_sizes
-from tasks.base import Batch, ZooTask, parameter_groups
-from tasks.optimizers.muon import Muon
+from tasks.base import Batch, ZooTask
 from zoo.decoding import beam_search, ctc_greedy, greedy
 from zoo.errors import ConfigError
 from zoo.models._speech import BOS, EOS, SpeechModel, SpeechOutput
@@ -28,7 +27,6 @@ class SpeechToText(ZooTask):
     """Transcription.
 
     Args:
-        optimizer: "muon": weight matrices of the blocks take Muon's steps, all else AdamW's, see `tasks.optimizers.muon`; "adamw".
         ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1.
         ctc_start: Share of the training during which the encoder learns by CTC alone, [0, 1): attention needs an encoder that
             hears something, and steps without the decoder are cheaper.
@@ -51,9 +49,8 @@ class SpeechToText(ZooTask):
         model: SpeechModel,
         data: Any,
         *,
-        optimizer: str = "muon",
         ctc_weight: float = 0.3,
-        ctc_start: float = 0.25,
+        ctc_start: float = 0.2,
         label_smoothing: float = 0.1,
         beam: int = 1,
         decode_ctc_weight: float = 0.3,
@@ -72,13 +69,10 @@ class SpeechToText(ZooTask):
                 raise ConfigError(f"task.{name}={value} is outside [0, 1]")
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
-        if optimizer not in ("muon", "adamw"):
-            raise ConfigError(f"task.optimizer={optimizer!r}: choose muon or adamw")
         if beam < 1:
             raise ConfigError(f"task.beam={beam} must be at least 1")
         self.has_decoder = model.has_decoder
         super().__init__(model, data, **common)
-        self.optimizer = optimizer
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0
         self.ctc_start = ctc_start if self.has_decoder and ctc_weight else 0.0
         self.label_smoothing, self.beam = label_smoothing, beam
@@ -106,22 +100,6 @@ class SpeechToText(ZooTask):
         self.model.front.set_statistics(features)
 
     # ---------------------------------------------------------------- training
-
-    def configure_optimizers(self) -> Any:
-        out = super().configure_optimizers()
-        if self.optimizer == "adamw":
-            return out
-        scale = out["lr_scheduler"]["scheduler"].lr_lambdas[0]
-        blocks = (*self.model.encoder, *self.model.decoder)
-        matrices = {m.weight for b in blocks for m in b.modules() if isinstance(m, nn.Linear)}
-        groups = []
-        for group in parameter_groups(self.model, self.weight_decay):
-            for orthogonal in (True, False):
-                params = [p for p in group["params"] if (p in matrices) == orthogonal]
-                groups += [{**group, "params": params, "orthogonal": orthogonal}] if params else []
-        optimizer = Muon(groups, lr=self.lr, betas=self.betas, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
         """Search batch sizes, on the device that trains, before the loaders are made."""

@@ -360,3 +360,13 @@ def test_features_do_not_depend_on_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mixed, _ = model.front(audio, lengths)
     assert torch.equal(plain, mixed)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "mala"])
+def test_benchmark_contestants_write_the_same_tokens(attention):
+    """What is timed with states and with recomputation is the same work."""
+    from zoo.bench.peers_asr import DIM, build
+    from zoo.bench.peers_asr_decode import recomputed, stepwise
+
+    model, memory = build(attention).eval(), torch.randn(2, 20, DIM)
+    assert torch.equal(stepwise(model, memory, 12)(), recomputed(model, memory, 12)())

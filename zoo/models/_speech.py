@@ -65,8 +65,8 @@ class SpeechModel(nn.Module):
         mlp_ratio: Hidden width of the MLPs over `dim`.
         conv_kernel: Taps of a Conformer's convolution, odd.
         conv_expansion: Width of that convolution over `dim`.
-        ctc_per_place: Frames of the CTC head for each encoder token, cut from one wide linear map: labels may then come
-            closer than tokens do (fast speech writes 20 characters a second).
+        ctc_per_place: Frames of the CTC head for each encoder token, cut from one wide linear map. Speech writes up to 20
+            characters a second: with subsampling=8 there are fewer tokens than that.
         label_positions: Add to the cross-attention's keys and values the sine position of the number of labels that the CTC
             head has heard so far. Decoder positions count labels, encoder positions count time; without this a young decoder
             loses its place, above all where a sentence repeats a word. Kin to the label-synchronous clock of CIF,
@@ -103,7 +103,7 @@ class SpeechModel(nn.Module):
         mlp_ratio: float = 2.0,
         conv_kernel: int = 15,
         conv_expansion: int = 1,
-        ctc_per_place: int = 2,
+        ctc_per_place: int = 1,
         label_positions: bool = True,
         wait: int = 0,
         wait_stride: int = 2,
