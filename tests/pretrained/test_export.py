@@ -1,19 +1,12 @@
 """Exported programs give the model's results at every batch size, say what they need, and refuse what cannot be."""
 
 import json
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from tiny import TASKS, raw_inputs, tiny_weights
+from tiny import TASKS, tiny_weights
 
-import zoo.export
-from zoo.cli.export import main
-from zoo.errors import ConfigError
-from zoo.export import ExportError, export
-from zoo.pretrained import load
+from zoo.export import export
 
 ROOT = Path(__file__).parents[2]
 

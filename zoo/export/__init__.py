@@ -182,8 +182,8 @@ def _write(
             found.rename_axes(labels)
             found.save(path, external_data=False)
     except Exception as error:  # the converter's errors have no common public class
-        missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", _chain(error))
-        reason = f"ONNX has no form of {missing[1]}" if missing else _first_line(error)
+        operators = re.findall(r"(?:aten|zoo)[.:]+\w+(?:\.\w+)?", _chain(error))
+        reason = f"operator {operators[0]} has no form in ONNX" if operators else _first_line(error)
         raise ExportError(f"{about}: {reason}; --format torch_export does not need one") from error
 
 

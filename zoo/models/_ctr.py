@@ -48,7 +48,7 @@ class EventTables(nn.Module):
 
 
 def _age_row(ages: Tensor) -> Tensor:
-    over = (ages.clamp_min(1).float() / AGES).log2().clamp(0, 15.5) * 2
+    over = (ages.clamp_min(1).float() / AGES).log2().clamp(0.0, 15.5) * 2
     return torch.where(ages < AGES, ages, AGES + over.long())
 
 

@@ -17,11 +17,22 @@ from typing import Any
 
 from torch import nn
 
-from zoo.attention.slots import AttentionFactory
+from zoo.attention.slots import AttentionFactory, misfit
 from zoo.errors import ConfigError, unknown
 
 _NOT_MODELS = {"registry", "__init__"}
 _ENTRY_POINTS = "attention_zoo.models"
+_TASK_OF_INPUT = {
+    "audio": "asr",
+    "history": "traffic",
+    "numerical": "tabular",
+    "item": "ctr",
+    "items": "recommendation",
+    "points": "pinn",
+    "u": "operator",
+    "tokens": "mqar",
+    "covariates": "treatment_effect",
+}
 _registered: dict[str, type[nn.Module]] = {}
 
 
@@ -49,17 +60,54 @@ def _names() -> list[str]:
     return sorted(names | set(_third_party()) | set(_registered))
 
 
-def list_models(name: str = "*", *, sizes: bool = False) -> list[str]:
+def list_models(
+    name: str = "*",
+    *,
+    task: str | None = None,
+    attention: str | None = None,
+    pretrained: bool = False,
+    sizes: bool = False,
+) -> list[str]:
     """Names of models that match the shell pattern `name`.
 
     Args:
         name: Shell pattern.
+        task: Only models of this task; imports them.
+        attention: Only models with a place for this variant; imports them.
+        pretrained: List trained weights (`model_size_attention.dataset`) instead; `task` and `attention` are then
+            those of their cards.
         sizes: List each size as `<model>_<size>` instead of the models alone; imports them.
     """
+    if pretrained:
+        from zoo.pretrained.weights import list_weights
+
+        return list_weights(name, task=task, attention=attention)
     names = _names()
+    if task is not None:
+        names = [n for n in names if task_of(n) == task]
+    if attention is not None:
+        names = [n for n in names if any(misfit(attention, s) is None for s in model_slots(n).values())]
     if sizes:
         names = [n for m in names for n in ([f"{m}_{s}" for s in getattr(get_model(m), "sizes", ())] or [m])]
     return [n for n in names if fnmatch(n, name)]
+
+
+def task_of(name: str) -> str:
+    """The task that a model is for: its class attribute `task`, or told by what its `forward` takes.
+
+    Raises:
+        ConfigError: Neither says it.
+    """
+    cls = get_model(name)
+    if getattr(cls, "task", None):
+        return cls.task
+    first = next((p for p in inspect.signature(cls.forward).parameters if p != "self"), "")
+    if first == "images":
+        options = model_options(name)
+        return "detr" if "queries" in options else "segmentation" if "head" in options else "vit"
+    if first not in _TASK_OF_INPUT:
+        raise ConfigError(f"model {name!r} does not say its task; give its class an attribute task")
+    return _TASK_OF_INPUT[first]
 
 
 def split_name(name: str) -> tuple[str, dict[str, Any]]:

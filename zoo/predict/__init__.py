@@ -6,6 +6,7 @@ A predictor needs the weights and their card, nothing of `tasks` or `data`.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from zoo.errors import DataError, WeightsError, unknown
+
+COMMON_OPTIONS = ("--format", "--output", "--figures", "--json", "--quiet")
 
 
 class Predictor:
@@ -35,7 +38,7 @@ class Predictor:
             ConfigError: An option that the task does not have.
         """
         for name in given:
-            raise unknown("option of predict:", f"--{name}", ("--json",))
+            raise unknown("option of predict:", f"--{name}", COMMON_OPTIONS)
         return []
 
     def preprocess(self, raw: Any) -> Any:
@@ -58,6 +61,12 @@ class Predictor:
                 yield from (str(p) for p in sorted(path.rglob("*")) if p.is_file())
             else:
                 yield argument
+
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """The prediction as rows of a table; lists and mappings inside a cell become JSON."""
+        return [
+            {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in prediction.items()},
+        ]
 
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         """One line for a person."""

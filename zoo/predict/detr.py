@@ -49,6 +49,14 @@ class TaskPredictor(Predictor):
         ]
         return {"objects": found}
 
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per object."""
+        corners = ("x1", "y1", "x2", "y2")
+        return [
+            {"label": o["label"], "score": o["score"], **dict(zip(corners, o["box"], strict=True))}
+            for o in prediction["objects"]
+        ]
+
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         found = (f"{o['label']} ({o['score']:.2f}) at {o['box']}" for o in prediction["objects"])
         return f"{raw}: {'; '.join(found) or 'nothing found'}"

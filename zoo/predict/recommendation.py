@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError, DataError, closest, unknown
-from zoo.predict import Predictor
+from zoo.predict import COMMON_OPTIONS, Predictor
 from zoo.predict._serving import blocked_top_k, pad_left
 
 
@@ -35,7 +35,9 @@ class TaskPredictor(Predictor):
                     raise ConfigError(f"--top-k {value}: give a whole number from 1 to {len(self.items)}")
                 self.top_k = int(value)
             else:
-                raise unknown("option of predict:", f"--{name}", ("--user-history", "--top-k", "--json"))
+                raise unknown(
+                    "option of predict:", f"--{name}", ("--user-history", "--top-k", *COMMON_OPTIONS)
+                )
         return inputs
 
     def inputs(self, arguments: list[str]) -> Iterator[str]:
@@ -76,6 +78,13 @@ class TaskPredictor(Predictor):
             if score > float("-inf")
         ]
         return {"top": top, "used": min(len(known), self.model.max_length), "ignored": ignored}
+
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per item."""
+        return [
+            {"rank": n, "item": item, "title": title, "score": score}
+            for n, (item, title, score) in enumerate(prediction["top"], 1)
+        ]
 
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         lines = [f"{raw}:"]

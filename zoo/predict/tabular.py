@@ -86,6 +86,15 @@ class TaskPredictor(Predictor):
             found["probability"][target.name] = [round(float(v), 4) for v in p[np.arange(len(p)), best]]
         return found
 
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per row of the table."""
+        columns = dict(prediction["predictions"])
+        columns |= {f"{name}_probability": values for name, values in prediction["probability"].items()}
+        return [
+            {"row": n, **dict(zip(columns, cells, strict=True))}
+            for n, cells in enumerate(zip(*columns.values(), strict=True))
+        ]
+
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         """The first rows, one a line."""
         lines = [f"{raw}: {prediction['rows']} rows"]

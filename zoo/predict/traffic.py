@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import ConfigError, DataError, unknown
-from zoo.predict import Predictor
+from zoo.predict import COMMON_OPTIONS, Predictor
 
 Readings = dict[datetime, list[float]]
 
@@ -31,7 +31,7 @@ class TaskPredictor(Predictor):
     def options(self, given: dict[str, str]) -> list[str]:
         for name, value in given.items():
             if name != "at":
-                raise unknown("option of predict:", f"--{name}", ("--at", "--json"))
+                raise unknown("option of predict:", f"--{name}", ("--at", *COMMON_OPTIONS))
             try:
                 self.at = datetime.fromisoformat(value)
             except ValueError:
@@ -121,6 +121,13 @@ class TaskPredictor(Predictor):
             "unit": self.preprocessing["unit"],
             "missing": int((~inputs["history_seen"]).sum()),
         }
+
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per step, one column per sensor."""
+        return [
+            {"time": time, **dict(zip(prediction["sensors"], row, strict=True))}
+            for time, row in zip(prediction["times"], prediction["forecast"], strict=True)
+        ]
 
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         mean = [sum(row) / len(row) for row in prediction["forecast"]]

@@ -56,5 +56,13 @@ class TaskPredictor(Predictor):
             "mean_effect": float(effect.mean()),
         }
 
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per row of the table."""
+        names = ("untreated", "treated", "effect")
+        return [
+            {"row": n, **dict(zip(names, cells, strict=True))}
+            for n, cells in enumerate(zip(*(prediction[k] for k in names), strict=True))
+        ]
+
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         return f"{raw}: {prediction['rows']} rows, mean effect {prediction['mean_effect']:.4g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from zoo.predict import Predictor, get_predictor
-from zoo.pretrained.weights import load_model, load_weights, read_card, resolve, save_weights
+from zoo.pretrained.weights import load_model, load_weights, pick_weights, read_card, resolve, save_weights
 
 
 def load(name: str | Path) -> Predictor:
@@ -14,4 +14,4 @@ def load(name: str | Path) -> Predictor:
     return get_predictor(card)(model, card)
 
 
-__all__ = ["load", "load_model", "load_weights", "read_card", "resolve", "save_weights"]
+__all__ = ["load", "load_model", "load_weights", "pick_weights", "read_card", "resolve", "save_weights"]

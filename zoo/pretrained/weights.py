@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zoo.attention.slots import AttentionFactory
-from zoo.errors import CapabilityError, WeightsError
-from zoo.models.registry import build_model, get_model
+from zoo.errors import CapabilityError, ConfigError, WeightsError
+from zoo.models.registry import build_model, get_model, split_name
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
 from zoo.pretrained.storage import decode
 
@@ -77,11 +78,7 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
     Raises:
         WeightsError: Missing, corrupt or foreign file, or a hash that is not the expected one.
     """
-    if path.suffix != ".safetensors":
-        raise WeightsError(
-            f"{path} is not a .safetensors file; files of other kinds can run code when they are read and are refused. "
-            "Convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
-        )
+    _refuse_foreign(path)
     if not path.exists():
         raise WeightsError(f"no weights at {path}")
     if expected_sha256 is not None and sha256(path) != expected_sha256:
@@ -94,35 +91,46 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
+def _refuse_foreign(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise WeightsError(
+            f"{path} is not a .safetensors file; files of other kinds can run code when they are read and are refused. "
+            "Convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+        )
+
+
 @dataclass
 class LoadReport:
-    """What loading did: names missing from the file, unknown to the model, or of another shape."""
+    """What loading did: names missing from the file, unknown to the model, of another shape, or brought to the model's."""
 
     loaded: int = 0
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors loaded"]
-        for name in ("missing", "unexpected", "mismatched"):
+        for name in ("missing", "unexpected", "mismatched", "reshaped"):
             items = getattr(self, name)
             if items:
                 parts.append(f"{len(items)} {name}: {', '.join(items[:6])}{' ...' if len(items) > 6 else ''}")
         return "; ".join(parts)
 
 
-def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> LoadReport:
+def load_weights(model: nn.Module, path: str | Path, *, strict: bool | str = True) -> LoadReport:
     """Load a weights file into a model.
 
     Args:
         model: Receives the tensors; a model with `adapt_state_dict(tensors) -> tensors` may rename or resize first.
         path: .safetensors file or a run folder.
-        strict: Refuse anything missing, unexpected or of another shape; otherwise take what fits.
+        strict: Refuse anything missing, unexpected or of another shape; "names": tensors of another shape stay as the
+            model has them; False: take what fits.
     """
     path = resolve(path)
     expected = read_card(path).get("sha256") if card_path(path).exists() else None
     tensors = read_tensors(path, expected)
+    stored = {k: v.shape for k, v in tensors.items()}
     if hasattr(model, "adapt_state_dict"):
         tensors = model.adapt_state_dict(tensors)
     own = model.state_dict()
@@ -134,7 +142,12 @@ def load_weights(model: nn.Module, path: str | Path, *, strict: bool = True) -> 
         for k in own.keys() & tensors.keys()
         if tensors[k].shape != own[k].shape
     )
-    if strict and (report.missing or report.unexpected or report.mismatched):
+    report.reshaped = sorted(
+        f"{k} {list(stored[k])} -> {list(v.shape)}"
+        for k, v in tensors.items()
+        if stored.get(k, v.shape) != v.shape
+    )
+    if strict and (report.missing or report.unexpected or (report.mismatched and strict != "names")):
         raise WeightsError(
             f"{path} does not fit {type(model).__name__}: {report}; load with strict=False to take what fits"
         )
@@ -155,6 +168,8 @@ def resolve(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path / "weights.safetensors"
+    if path.suffix in FILE_SUFFIXES:
+        _refuse_foreign(path)
     if path.suffix in FILE_SUFFIXES or path.exists() or path.parent != Path("."):
         return path
     tried = []
@@ -166,10 +181,49 @@ def resolve(name: str | Path) -> Path:
     raise WeightsError(f"no weights named {str(name)!r}; looked at {', '.join(tried)}")
 
 
-def list_weights(name: str = "*") -> list[str]:
-    """Names of local and packaged weights that match the shell pattern `name`."""
+def list_weights(name: str = "*", *, task: str | None = None, attention: str | None = None) -> list[str]:
+    """Names of local and packaged weights that match the shell pattern `name`, and a task and attention if given."""
     folders = (local_folder(), packaged_folder())
-    return sorted({p.stem for folder in folders for p in folder.glob(f"{name}.safetensors")})
+    names = sorted({p.stem for folder in folders for p in folder.glob(f"{name}.safetensors")})
+    for key, wanted in (("task", task), ("attention", attention)):
+        if wanted is not None:
+            names = [n for n in names if read_card(resolve(n)).get(key) == wanted]
+    return names
+
+
+def pick_weights(
+    model: str, attention: str | Mapping[str, Any] | None, pretrained: str | os.PathLike[str] | bool
+) -> tuple[str | os.PathLike[str], dict[str, Any] | None]:
+    """Weights that `create_model(model, attention=..., pretrained=...)` means, and their card where there is one.
+
+    Raises:
+        ConfigError: pretrained=True where not exactly one file fits.
+        WeightsError: Weights of another model.
+    """
+    stem, preset = split_name(model)
+    if pretrained is True:
+        wanted = attention if attention is None or isinstance(attention, str) else attention["name"]
+        fitting = [n for n in list_weights(attention=wanted) if _is_of(read_card(resolve(n)), stem, preset)]
+        if len(fitting) != 1:
+            raise ConfigError(
+                f"pretrained=True does not say which weights of {model!r}: {', '.join(fitting) or 'none'} fit; "
+                "give pretrained=PATH_OR_NAME (see zoo.list_models(pretrained=True)) or hf-hub:owner/name"
+            )
+        pretrained = fitting[0]
+    path = resolve(str(pretrained))
+    if not card_path(path).exists():
+        return pretrained, None
+    card = read_card(path)
+    if not _is_of(card, stem, preset):
+        size = card["model"]["options"].get("size")
+        raise WeightsError(
+            f"{path} holds weights of {card['model']['name']!r}{f', size {size}' if size else ''}, not of {model!r}"
+        )
+    return pretrained, card
+
+
+def _is_of(card: dict[str, Any], stem: str, preset: dict[str, Any]) -> bool:
+    return card["model"]["name"] == stem and preset.items() <= card["model"]["options"].items()
 
 
 def local_folder() -> Path:

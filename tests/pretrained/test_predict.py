@@ -1,0 +1,70 @@
+"""`zoo.load(...).predict` and `python -m zoo predict` over weights of every task."""
+
+import csv
+import json
+
+import pytest
+from tiny import TASKS, raw_inputs, tiny_weights
+
+import zoo
+from zoo.__main__ import main
+from zoo.errors import WeightsError
+
+WITHOUT_FIGURE = {"ctr", "mqar"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_of_every_task(task, tmp_path, capsys):
+    """Text, JSON and csv; the bad input is named and skipped, the good ones are predicted."""
+    weights = str(tiny_weights(task, tmp_path))
+    given, bad = raw_inputs(task, tmp_path)
+    assert main(["predict", weights, *given]) == 1
+    out, err = capsys.readouterr()
+    assert out.strip() and "1 of " in err and f"skipped {bad}:" in err
+    assert main(["predict", weights, *given, "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr()[0].splitlines()]
+    direct = json.loads(json.dumps(zoo.load(weights).predict(lines[0]["input"])))
+    assert lines and {k: v for k, v in lines[0].items() if k != "input"} == direct
+    assert bad not in [line["input"] for line in lines]
+    folder = tmp_path / "figures"
+    figures = [] if task in WITHOUT_FIGURE else ["--figures", str(folder)]
+    assert (
+        main(["predict", weights, *given, "--format=csv", "--output", str(tmp_path / "o.csv"), *figures]) == 1
+    )
+    assert not capsys.readouterr()[0]
+    with open(tmp_path / "o.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["input"] for row in rows} <= {line["input"] for line in lines}
+    assert task in ("detr",) or len(rows) >= len(lines)
+    if figures:
+        assert [p.stat().st_size > 2000 for p in folder.iterdir()] == [True] * len(lines)
+
+
+def test_task_options_and_unknown_ones(tmp_path, capsys):
+    weights = str(tiny_weights("recommendation", tmp_path))
+    assert main(["predict", weights, "--user-history", "i1,i2", "--top-k=3", "--format", "csv"]) == 0
+    assert len(capsys.readouterr()[0].splitlines()) == 4
+    assert main(["predict", weights, "i1", "--topk", "3"]) == 2
+    assert "did you mean '--top-k'" in capsys.readouterr()[1]
+    assert main(["predict", str(tiny_weights("ctr", tmp_path)), "3:1", "--figures", str(tmp_path)]) == 2
+    assert "have no figure" in capsys.readouterr()[1]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pkl"])
+def test_commands_run_nothing_that_a_pickle_asks_for(tmp_path, capsys, suffix):
+    import pickle
+    from pathlib import Path
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(pickle.dumps(Bomb()))
+    path.with_suffix(".json").write_text(tiny_weights("vit", tmp_path / "x").with_suffix(".json").read_text())
+    with pytest.raises(WeightsError, match="safetensors.torch.save_file"):
+        zoo.load(path)
+    for command in (["predict", str(path), "a.png"], ["verify", str(path)], ["export", str(path)]):
+        assert main(command) == 2
+        assert "safetensors" in capsys.readouterr()[1]
+    assert not (tmp_path / "executed").exists()
