@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,13 +53,19 @@ def current() -> str | None:
     return None if name == "auto" else _check(name, f"environment variable {_VARIABLE}")
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which marks a function, without its import of the whole compiler (2 s)."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter (the variable must be set before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -117,6 +123,6 @@ def choose(op: str, impl: str | None, *tensors: Tensor, triton_gap: str | None =
     return "triton"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _current_traceable() -> str | None:
     return current()

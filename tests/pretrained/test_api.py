@@ -111,7 +111,7 @@ def test_packages_of_others_join_by_their_metadata(tmp_path):
 
 @pytest.mark.parametrize(
     "code",
-    ["import zoo", "from zoo.__main__ import main; main(['list', 'models']); main(['list', 'weights'])"],
+    ["import zoo", "from zoo.__main__ import main; [main(['list', kind]) for kind in ('attention', 'models', 'weights')]"],
     ids=["import", "list"],
 )
 def test_what_is_not_imported(code):
