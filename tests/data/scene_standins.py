@@ -16,7 +16,7 @@ def small_scenes(**options):
         def fetch(self):
             pass
 
-        def read_digits(self):
+        def read_objects(self):
             random = torch.Generator().manual_seed(3)
             out = {}
             for split, count in (("train", 40), ("val", 20), ("test", 20)):
@@ -25,7 +25,7 @@ def small_scenes(**options):
                 for image, label in zip(images, labels.tolist(), strict=True):
                     image[4 + label // 2 : 24, 8 : 14 + label // 2] = 1.0
                 out[split] = (images, labels)
-            return out
+            return out, [str(d) for d in range(10)]
 
     defaults = dict(train_scenes=12, val_scenes=6, test_scenes=6, batch_size=4, eval_batch_size=3)
     data = Generated(**{**defaults, **options})

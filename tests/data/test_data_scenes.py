@@ -57,7 +57,7 @@ def test_a_batch_depends_on_seed_epoch_and_batch_alone(data):
 
 def test_scenes_show_only_digits_of_their_own_split(data):
     for split in ("train", "val", "test"):
-        images = data._digits[split][0]
+        images = data._objects[split][0]
         assert len(images) == {"train": 40, "val": 20, "test": 20}[split]
 
 
@@ -160,3 +160,59 @@ def test_yaml_lists_every_option_with_its_default(name):
     config = yaml.safe_load(path.read_text())
     assert config.pop("name") == name
     assert config == options_of(get_data(name))
+
+
+def test_a_scene_of_digits_is_what_it_was(data):
+    """Scores of equal seeds stay comparable: raise GENERATOR_VERSION when this has to change."""
+    scenes = data.scenes("test")
+    found = float(scenes["image"].double().mean() + scenes["boxes"].double().sum())
+    assert found == pytest.approx(2333.42998, rel=1e-6)
+
+
+@pytest.fixture
+def stamps(tmp_path):
+    """Coloured ellipses as stamps, one picture without a transparent part."""
+    from PIL import Image, ImageDraw
+
+    from data.stamps import CLASSES, STAMPS
+
+    for k, place in enumerate(CLASSES.values()):
+        folder = tmp_path / STAMPS / place / "sub"
+        folder.mkdir(parents=True)
+        for i in range(7):
+            image = Image.new("RGBA", (90 + 10 * i, 60), (0, 0, 0, 0))
+            ImageDraw.Draw(image).ellipse((5, 5, 80, 50), fill=(30 * k, 200 - 20 * k, 90, 255))
+            image.save(folder / f"{i}.png")
+    Image.new("RGB", (10, 10)).save(folder / "solid.png")
+    return tmp_path
+
+
+def make_stamps(root, **options):
+    small = dict(train_scenes=8, val_scenes=4, test_scenes=4, batch_size=4)
+    return create_data("stamps", root=str(root), **{**small, **options})
+
+
+def test_stamps_keep_their_colours_and_split_by_file(stamps):
+    data = make_stamps(stamps, noise=0.0, rotate_deg=0.0)
+    data.setup()
+    assert list(data.skipped.values()) == ["no transparent part, or nothing else"]
+    assert [len(data._objects[s][0]) for s in ("train", "val", "test")] == [40, 8, 8]
+    scenes = data.scenes("test")
+    assert scenes["image"].shape == (4, 3, 128, 128)
+    checked = 0
+    for image, mask in zip(scenes["image"], scenes["mask"], strict=True):
+        for k in mask.unique()[1:].tolist():
+            wanted = torch.tensor([30 * (k - 1), 200 - 20 * (k - 1), 90]) / 255
+            middle = image[:, mask == k].median(1).values
+            assert torch.allclose(middle, wanted, atol=0.03)
+            checked += 1
+    assert checked > 3
+    batch = next(iter(data.train_dataloader()))
+    real = batch["boxes"][batch["labels"] >= 0]
+    longest = (real[:, 2:] - real[:, :2]).amax(1)
+    assert 5 <= float(longest.min()) and float(longest.max()) <= 67
+
+
+def test_missing_stamps_name_the_package(tmp_path):
+    with pytest.raises(DataError, match="tuxpaint-stamps-default"):
+        make_stamps(tmp_path).setup()
