@@ -131,11 +131,10 @@ class PinnData(ZooData):
             self.sampling, count, self.lower, self.upper, derive_seed(self.seed, *where) % 2**32
         )
 
-    def conditions(self) -> list[Condition]:
-        """The problem's conditions at fixed points."""
-        return self.problem.conditions(
-            self.border, np.random.default_rng(derive_seed(self.seed, _CONDITIONS))
-        )
+    def conditions(self, held_out: bool = False) -> list[Condition]:
+        """The problem's conditions at fixed points, for training or for validation and test."""
+        seed = derive_seed(self.seed, _VALID if held_out else _CONDITIONS)
+        return self.problem.conditions(self.border, np.random.default_rng(seed))
 
     def preprocessing(self) -> dict[str, Any]:
         """Names and box of coordinates and fields, for evaluating weights."""
@@ -146,6 +145,7 @@ class PinnData(ZooData):
             "fields": list(p.fields),
             "lower": list(p.lower),
             "upper": list(p.upper),
+            "reported": {k: [list(part) for part in terms] for k, terms in p.reported.items()},
         }
 
     def split_ids(self) -> dict[str, list[str]]:

@@ -111,8 +111,11 @@ class PinnTask(ZooTask):
             {k: nn.Parameter(torch.tensor(float(v[0]))) for k, v in p.unknowns.items()}
         )
         hard = p.hard if data.hard_conditions else ()
-        conditions = [c for c in data.conditions() if c.name not in hard]
+        conditions, held_out = (
+            [c for c in data.conditions(held_out=kept) if c.name not in hard] for kept in (False, True)
+        )
         self.objective = Objective(model, self.unknowns, p, conditions, derivatives, chunk)
+        self.held_out = held_out
         self.balance = Balance(self.objective.terms, balance, balance_every, start=weights)
         self.points = CollocationPoints(
             data,
@@ -125,6 +128,9 @@ class PinnTask(ZooTask):
             self_adaptive=self_adaptive,
         )
         self.exit_reason = ""
+        parts = [f"rel_l2_{f}" for f in p.report_fields] if len(p.report_fields) > 1 else []
+        errors = [f"{name}_error" for name in p.unknowns]
+        self.headline = ["rel_l2", *parts, *errors, *p.headline, "max_error", "residual_rms"]
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -155,7 +161,10 @@ class PinnTask(ZooTask):
         def closure() -> Tensor:
             optimizer.zero_grad()
             evaluations.append(self.objective.backward(self.balance, self.points))
-            return self._total(evaluations[-1])
+            total = self._total(evaluations[-1])
+            if not second:  # a line search takes care of itself
+                self._check(total)
+            return total
 
         optimizer.step(closure)
         if second:
@@ -164,7 +173,6 @@ class PinnTask(ZooTask):
         else:
             total = self._total(evaluations[0])
             self.points.learn()
-        self._check(total)
         terms = evaluations[-1] if evaluations else {}
         self.log("train/loss", total.float(), batch_size=1, prog_bar=True)
         logged = {f"train/{k}": v.float() for k, v in terms.items()}
@@ -261,7 +269,7 @@ class PinnTask(ZooTask):
 
     def compute_metrics(self, split: str) -> dict[str, float]:
         kept = self.metrics[split]["gathered"].compute()
-        values = scores(self.objective, kept, self.points.at.device)
+        values = scores(self.objective, self.held_out, kept, self.points.at.device)
         if split == "test":
             self._test_fields = (kept["found"].cpu(), kept["true"].cpu())
         else:

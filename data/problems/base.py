@@ -65,6 +65,7 @@ class Problem:
         reported: Fields that are compared with the reference, where they are not the network's own, e.g. a velocity from
             a stream function.
         quantities: Further quantities whose root mean square is reported, e.g. the divergence.
+        headline: Names among `grid_metrics` that belong into a short table.
         source: Where the reference comes from.
     """
 
@@ -82,6 +83,7 @@ class Problem:
     unknowns: dict[str, tuple[float, float]] = {}
     reported: dict[str, Combination] = {}
     quantities: dict[str, Combination] = {}
+    headline: tuple[str, ...] = ()
     source: str = ""
 
     def residuals(self, d: Fields, points: Tensor, unknowns: dict[str, Tensor]) -> dict[str, Tensor]:

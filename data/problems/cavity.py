@@ -33,6 +33,7 @@ class Cavity(Problem):
     source = "stream function and vorticity, Newton's method"
     reported = {"u": ((1.0, "u", ""),), "v": ((1.0, "v", ""),)}
     quantities = DIVERGENCE
+    headline = ("centre_line_error",)
 
     def __init__(self, *, reynolds: float = 100.0, sharpness: float = 50.0, cells: int = 96) -> None:
         positive(reynolds=reynolds, sharpness=sharpness, cells=cells)

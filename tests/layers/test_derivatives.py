@@ -8,8 +8,10 @@ import torch
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
 from zoo.errors import ConfigError
+from zoo.layers.ansatz import ANSATZ
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, points_mix, seed_jet
-from zoo.layers.jet_tensor import Jet, forward_mode
+from zoo.layers.jet_forward import forward_mode
+from zoo.layers.jet_tensor import Jet
 from zoo.layers.jets import algebra
 from zoo.models.registry import build_model, model_slots
 
@@ -57,11 +59,15 @@ def test_methods_agree_to_third_order_with_weight_gradients(name, method):
     assert (g - h).abs().max() < 1e-10 * h.abs().max()
 
 
-@pytest.mark.parametrize("form", ["burgers1d", "convection", "reaction", "wave1d", "cavity"])
+@pytest.mark.parametrize("form", [f for f in ANSATZ if f != "none"])
 def test_hard_conditions_have_exact_derivatives(form):
-    model = network("pinn_mlp", ansatz=form, fields=3 if form == "cavity" else 1, modified=False, fourier=0)
-    points = box(5) * 0.5 + 0.4
-    expected, found = (derivatives(model, points, [(2, 0), (0, 2)], m) for m in ("reverse", "taylor"))
+    unsteady = form == "taylor_green"
+    fields = 3 if form in ("cavity", "kovasznay", "taylor_green") else 1
+    sides = {"lower": [0.0] * 3, "upper": [1.0] * 3} if unsteady else {}
+    model = network("pinn_mlp", ansatz=form, fields=fields, modified=False, fourier=0, **sides)
+    points = torch.rand(5, 3 if unsteady else 2, dtype=torch.float64) * 0.5 + 0.2
+    wanted = [(2, 0, 0), (0, 1, 1)] if unsteady else [(2, 0), (0, 2)]
+    expected, found = (derivatives(model, points, wanted, m) for m in ("reverse", "taylor"))
     for index in expected:
         torch.testing.assert_close(found[index], expected[index], rtol=1e-9, atol=1e-9)
 
@@ -97,6 +103,21 @@ def test_every_variant_with_second_derivatives(attention):
         # Richardson's step removes the error in h squared, which matters where the curvature is large.
         difference = (4 * second(h / 2) - second(h)) / 3
         assert (difference - expected).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", usable())
+def test_third_orders_of_every_variant(attention):
+    """What the stream function's equations need: triple backward == Taylor, on one point and two tokens."""
+    torch.manual_seed(1)
+    tiny = {"dim": 4, "tokens": 2, "hidden": (4,), "head": (4,), "encoder_layers": 1, "decoder_layers": 1}
+    model, points, wanted = network(attention=attention, **tiny).eval(), box(1), [(3, 0), (2, 1)]
+    method, reason = choose_method(model, points, wanted)
+    expected = derivatives(model, points, wanted, "reverse")
+    found = derivatives(model, points, wanted, "jvp" if method == "reverse" else method)
+    for index in wanted:
+        scale = expected[index].abs().max().clamp(min=1)
+        assert (found[index] - expected[index]).abs().max() < 1e-7 * scale, (index, method, reason)
 
 
 @pytest.mark.parametrize("name", list(SMALL))

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from data import create_data
+from data.problems import create_problem
+from data.problems.baselines import field_errors
 from tasks.optimizers.quasi_newton import QuasiNewton
 from tasks.optimizers.soap import Soap
+from tasks.optimizers.symmetric import ROWS, Update, multiply, scaled_identity
 from tasks.physics.balance import SCHEMES, Balance
 from tasks.pinn import PinnTask
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
-from zoo.errors import CapabilityError, ConfigError, DataError
+from zoo.errors import CapabilityError, ConfigError, DataError, ZooError
 from zoo.models.registry import build_model, get_model
 
 
@@ -93,6 +96,19 @@ def test_quasi_newton_survives_nan_and_keeps_the_best():
         optimizer.step(closure)
     assert torch.isfinite(x).all() and 2.5 < float(x.detach()) <= 3.0
     assert "line search" in optimizer.exit_reason or "tolerance" in optimizer.exit_reason
+
+
+@pytest.mark.parametrize("size", [5, 64, 150])
+def test_symmetric_blocks_equal_the_dense_matrix(size):
+    x, factors = torch.randn(size, dtype=torch.float64), torch.randn(2, size, 2, dtype=torch.float64)
+    core = torch.randn(2, 2, 2, dtype=torch.float64)
+    core = core + core.mT
+    blocks, dense = scaled_identity(x, 0.7), 0.7 * torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(multiply(blocks, x), dense @ x)
+    for n in range(2):
+        dense = 0.9 * dense + factors[n] @ core[n] @ factors[n].T
+        torch.testing.assert_close(multiply(blocks, x, Update(0.9, factors[n], core[n])), dense @ x)
+    assert sum(b.numel() for b in blocks) <= size * (size + ROWS) / 2
 
 
 def test_soap_beats_adam_on_an_ill_conditioned_matrix():
@@ -189,15 +205,18 @@ def test_causal_weights_fall_with_time():
     assert weights[early].min() == 1 and weights[late].max() == pytest.approx(2.718281828**-3, rel=1e-5)
 
 
-def test_hard_conditions_hold_exactly():
-    task = make(problem="burgers1d")
-    x = torch.linspace(-1, 1, 9)
-    start = task.model(torch.stack((x, torch.zeros(9)), 1))[:, 0]
-    assert (start + torch.sin(torch.pi * x)).abs().max() < 1e-6
-    assert task.model(torch.tensor([[-1.0, 0.4], [1.0, 0.7]])).abs().max() < 1e-6
+@pytest.mark.parametrize(
+    "problem", ["burgers1d", "convection", "reaction", "wave1d", "kovasznay", "taylor_green", "cavity"]
+)
+def test_hard_conditions_hold_exactly(problem):
+    task = make(problem=problem)
     assert task.objective.terms == ["residual"]
-    walls = make(problem="cavity").model(torch.tensor([[0.0, 0.3], [1.0, 0.5], [0.4, 0.0], [0.5, 1.0]]))
-    assert walls[:3, :2].abs().max() < 1e-6 and walls[3, 0].item() == pytest.approx(1.0, abs=1e-5)
+    task.double()
+    assert task.problem.hard
+    for condition in task.data.conditions():
+        assert task.objective.misfit(condition).abs().max() < 1e-5, condition.name
+    inside = task.points.at
+    assert (task.model(inside) - task.model(inside.roll(1, 0))).abs().max() > 1e-3
 
 
 def test_inverse_problem_trains_its_coefficients():
@@ -218,6 +237,8 @@ def test_inverse_problem_trains_its_coefficients():
         ({"second": "lbgfs"}, "did you mean 'lbfgs'"),
         ({"derivatives": "taylr"}, "unknown task.derivatives"),
         ({"adaptive": 2}, "in \\[0, 1\\]"),
+        ({"causal": [1.0, 0.1], "problem": "reaction"}, "rising list"),
+        ({"chunk": 0}, "task.chunk=0 must be at least 1"),
         ({"balance": "gradnorm"}, "did you mean 'grad_norm'"),
         ({"weights": {"inital": 2.0}}, "unknown loss term"),
     ],
@@ -289,3 +310,81 @@ def test_predictor_writes_fields(tmp_path):
 def test_causal_needs_time():
     with pytest.raises(ConfigError, match="needs a time coordinate"):
         make(problem="kovasznay", causal=1.0)
+
+
+def test_causal_stages_rise_when_every_slab_is_learnt():
+    task = make(causal=[0.5, 5.0], slabs=4)
+    task.points.squares = torch.full((48,), 1.0, dtype=torch.float64)
+    task.points.learn()
+    assert task.points.causal == 0.5 and task.points.weights().min() == pytest.approx(np.exp(-1.5))
+    task.points.squares *= 1e-4
+    task.points.learn()
+    assert task.points.causal == 5.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_way_out(tmp_path):
+    task = make()
+    with torch.no_grad():
+        task.model.head.bias.fill_(float("nan"))
+    with pytest.raises(ZooError, match="not finite at step 0.*smaller task.lr"):
+        fit(task, tmp_path, 3)
+
+
+def test_held_out_conditions_are_not_those_of_training():
+    task = make(problem="burgers1d", data={"hard_conditions": False})
+    for seen, unseen in zip(task.objective.conditions, task.held_out, strict=True):
+        assert seen.name == unseen.name
+        assert not (seen.points[:, None] == unseen.points[None]).all(-1).any()
+
+
+def test_pressure_is_compared_without_its_mean_at_each_time():
+    true = torch.randn(12, 2, dtype=torch.float64)
+    times = torch.arange(3).repeat_interleave(4)
+    found = true + torch.stack((torch.zeros(12), times.square() * 0.7), 1)
+    assert field_errors(found, true, ("u", "p"), ("p",), times)["rel_l2_p"] < 1e-12
+    assert field_errors(found, true, ("u", "p"), ("p",))["rel_l2_p"] > 0.1
+    assert field_errors(found + 1.0, true, ("u", "p"), ("p",), times)["rel_l2_u"] > 0.1
+
+
+def test_centre_lines_of_the_cavity():
+    problem = create_problem("cavity", {"cells": 8})
+    points, true, shape = problem.reference()
+    found = true.clone().view(*shape, 2)
+    found[4, 3, 0] += 0.3  # u on x = 1/2
+    found[2, 4, 1] += 0.1  # v on y = 1/2
+    found[1, 4, 0] += 9.0  # u where nobody looks
+    assert problem.grid_metrics(found.view(-1, 2), true, points)["centre_line_error"] == pytest.approx(0.3)
+    with pytest.raises(DataError, match="must be even"):
+        create_problem("cavity", {"cells": 9})
+
+
+def test_predictor_derives_velocities_from_a_stream_function(tmp_path):
+    from zoo.predict.pinn import TaskPredictor
+
+    physics = {"measurements": 30, "snapshots": 4, "duration": 0.3, "formulation": "stream"}
+    task = make(problem="ns_inverse", physics=physics).double()
+    predictor = TaskPredictor(task.model, {"preprocessing": task.data.preprocessing()})
+    predictor.options({"out": str(tmp_path / "flow.csv")})
+    predictor.predict("grid:3x4x2")
+    table = np.genfromtxt(tmp_path / "flow.csv", delimiter=",", names=True)
+    assert table.dtype.names == ("x", "y", "t", "s", "p", "u", "v")
+    at = torch.from_numpy(np.stack([table[c] for c in "xyt"], 1))
+    up, down = (task.model(at + torch.tensor([0.0, h, 0.0]))[:, 0] for h in (1e-5, -1e-5))
+    np.testing.assert_allclose(table["u"], ((up - down) / 2e-5).detach().numpy(), atol=1e-6)
+
+
+def test_vtk_by_meshio_or_a_way_out(tmp_path):
+    from zoo.predict.pinn import TaskPredictor
+
+    task = make(problem="kovasznay")
+    predictor = TaskPredictor(task.model, {"preprocessing": task.data.preprocessing()})
+    predictor.options({"out": str(tmp_path / "flow.vtk")})
+    try:
+        import meshio
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install meshio"):
+            predictor.predict("grid:4x3")
+        return
+    predictor.predict("grid:4x3")
+    mesh = meshio.read(tmp_path / "flow.vtk")
+    assert len(mesh.points) == 12 and set(mesh.point_data) == {"u", "v", "p"}

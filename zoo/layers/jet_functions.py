@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import CapabilityError
+from zoo.layers.jet_arithmetic import mul
 from zoo.layers.jet_attention import _Attend, _Softmax
-from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, mul, rules
+from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, rules
 from zoo.layers.jets import _Linear, _Pointwise, _Wave
 
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, matmul, ring_of, rules
+from zoo.layers.jet_arithmetic import matmul
+from zoo.layers.jet_forward import forward_mode
+from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, ring_of, rules
 
 
 def _axes(dim: Any) -> Any:
@@ -219,8 +221,6 @@ def einsum(equation: str, *operands: Any) -> Jet:
     jets = [isinstance(o, Jet) for o in operands]
     ring = ring_of(operands)
     if sum(jets) > 2 or "..." in equation:
-        from zoo.layers.jet_tensor import forward_mode
-
         return forward_mode("einsum", torch.einsum, (equation, *operands), {})
     rows = [o.c.unbind(0) if j else None for o, j in zip(operands, jets, strict=True)]
     first, *second = [n for n, j in enumerate(jets) if j]

@@ -7,19 +7,20 @@ operations have forward derivatives works; in-place writes do not.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.errors import CapabilityError
-from zoo.layers.jets import Algebra, _Product
+from zoo.layers.jets import Algebra
 
-log = logging.getLogger("zoo.derivatives")
 RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _operator(name: str) -> Callable[[Jet, Any], Jet]:
+    return lambda self, other: RULES[name](self, other)
 
 
 class Jet:
@@ -90,39 +91,18 @@ class Jet:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return apply(getattr(func, "__name__", str(func)), func, args, kwargs or {})
 
-    def __add__(self, other: Any) -> Jet:
-        return add(self, other)
+    # Operators go by the rules of the same names, which `jet_arithmetic` registers.
+    __add__ = __radd__ = _operator("add")
+    __sub__, __rsub__ = _operator("sub"), _operator("rsub")
+    __mul__ = __rmul__ = _operator("mul")
+    __truediv__, __rtruediv__ = _operator("div"), _operator("rdiv")
+    __pow__, __matmul__ = _operator("pow"), _operator("matmul")
 
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Jet:
-        return add(self, -other)
-
-    def __rsub__(self, other: Any) -> Jet:
-        return add(-self, other)
+    def __rmatmul__(self, other: Any) -> Jet:
+        return RULES["matmul"](other, self)
 
     def __neg__(self) -> Jet:
         return Jet(-self.c, self.ring)
-
-    def __mul__(self, other: Any) -> Jet:
-        return mul(self, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Jet:
-        return div(self, other)
-
-    def __rtruediv__(self, other: Any) -> Jet:
-        return mul(self.reciprocal(), other)
-
-    def __pow__(self, exponent: Any) -> Jet:
-        return self.pow(exponent)
-
-    def __matmul__(self, other: Any) -> Jet:
-        return matmul(self, other)
-
-    def __rmatmul__(self, other: Any) -> Jet:
-        return matmul(other, self)
 
     __hash__ = object.__hash__
 
@@ -158,6 +138,8 @@ def apply(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         raise CapabilityError(
             f"Taylor mode cannot follow the in-place operation {name!r}; use model derivatives 'jvp' or 'forward_reverse'"
         )
+    from zoo.layers.jet_forward import forward_mode
+
     return forward_mode(name, func, args, kwargs)
 
 
@@ -169,9 +151,6 @@ def rules(*names: Any) -> Callable[[Callable], Callable]:
         return function
 
     return register
-
-
-# ---------------------------------------------------------------- arithmetic
 
 
 def ring_of(*items: Any) -> Algebra:
@@ -200,145 +179,5 @@ def _wide(c: Tensor, dims: int) -> Tensor:
     return c.reshape(c.shape[0], *(1,) * (dims + 1 - c.dim()), *c.shape[1:])
 
 
-@rules("add", "iadd", "radd")
-def add(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    if not isinstance(a, Jet):
-        return add(b, a) if alpha == 1 else add(b * alpha, a)
-    if isinstance(b, Jet):
-        dims = max(a.ndim, b.ndim)
-        return Jet(torch.add(_wide(a.c, dims), _wide(b.c, dims), alpha=alpha), a.ring)
-    value = torch.add(a.c[0], b, alpha=alpha)
-    if value.shape != a.shape:
-        wide = _wide(a.c, value.dim()).expand(a.c.shape[0], *value.shape)
-        return Jet(torch.cat((value[None], wide[1:])), a.ring)
-    return Jet(torch.cat((value[None], a.c[1:])), a.ring)
-
-
-@rules("sub", "isub", "subtract")
-def sub(a: Any, b: Any, *, alpha: float = 1) -> Jet:
-    return add(a, -(b * alpha if alpha != 1 else b))
-
-
-@rules("rsub")
-def rsub(a: Any, b: Any) -> Jet:
-    return add(-a, b)
-
-
-@rules("neg", "negative")
-def neg(a: Jet) -> Jet:
-    return -a
-
-
-@rules("mul", "multiply", "imul", "rmul")
-def mul(a: Any, b: Any) -> Jet:
-    if not isinstance(a, Jet):
-        a, b = b, a
-    if isinstance(b, Jet):
-        return Jet(_Product.apply(a.c, b.c, a.ring), a.ring)
-    dims = max(a.ndim, b.dim()) if isinstance(b, Tensor) else a.ndim
-    return Jet(_wide(a.c, dims) * b, a.ring)
-
-
-@rules("div", "true_divide", "truediv", "divide", "idiv")
-def div(a: Any, b: Any) -> Jet:
-    if isinstance(b, Jet):
-        return mul(b.reciprocal(), a)
-    return mul(a, 1.0 / b)
-
-
-@rules("rdiv", "rtruediv")
-def rdiv(a: Any, b: Any) -> Jet:
-    return mul(a.reciprocal(), b)
-
-
-@rules("addcmul")
-def addcmul(a: Any, b: Any, c: Any, *, value: float = 1) -> Any:
-    return a + (b * c) * value
-
-
-@rules("square")
-def square(a: Jet) -> Jet:
-    return mul(a, a)
-
-
-@rules("matmul", "bmm", "mm", "rmatmul")
-def matmul(a: Any, b: Any) -> Jet:
-    """Product of matrices; constant factors act on all channels at once."""
-    if isinstance(a, Jet) and isinstance(b, Jet):
-        ring, dims = a.ring, max(a.ndim, b.ndim)
-        x, y = _wide(a.c, dims).unbind(0), _wide(b.c, dims).unbind(0)
-        out = [x[0] @ y[0]]
-        for n in range(1, ring.size):
-            left = torch.cat([x[0], x[n], *(x[i] for i, _ in ring.pairs[n])], -1)
-            right = torch.cat([y[n], y[0], *(y[j] for _, j in ring.pairs[n])], -2)
-            out.append(left @ right)
-        return Jet(torch.stack(out), ring)
-    jet, other = (a, b) if isinstance(a, Jet) else (b, a)
-    dims = max(jet.ndim, other.dim())
-    c = _wide(jet.c, dims)
-    return Jet(c @ other if jet is a else other @ c, jet.ring)
-
-
 def _axis(dim: int) -> int:
     return dim if dim < 0 else dim + 1
-
-
-@lru_cache(maxsize=256)
-def warn_once(message: str) -> None:
-    log.info(message)
-
-
-def forward_mode(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
-    """Derivatives of one function by nested jvp along the curve that its arguments' jets describe."""
-    ring = ring_of(args, tuple(kwargs.values()))
-    warn_once(f"no Taylor rule for {name!r}: nested forward mode is used for it")
-    leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-    jets = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Jet)]
-
-    def curve(variables: tuple[Tensor, ...]) -> Any:
-        now = list(leaves)
-        for n in jets:
-            c, total = leaves[n].c, leaves[n].c[0]
-            for number, index in enumerate(ring.indices[1:], 1):
-                factor = 1.0
-                for variable, order in zip(variables, index, strict=True):
-                    for _ in range(order):
-                        factor = factor * variable
-                total = total + c[number] * factor
-            now[n] = total
-        a, k = torch.utils._pytree.tree_unflatten(now, spec)
-        return func(*a, **k)
-
-    zero = tuple(leaves[jets[0]].c.new_zeros(()) for _ in range(ring.dims))
-    shape: list[Any] = []
-
-    def flat(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        out, out_spec = torch.utils._pytree.tree_flatten(curve(variables))
-        shape[:] = [out_spec]
-        return tuple(out)
-
-    def derivative(index: tuple[int, ...]) -> Callable:
-        function = flat
-        for axis, order in enumerate(index):
-            for _ in range(order):
-                function = _directional(function, axis)
-        return function
-
-    columns = [derivative(index)(zero) for index in ring.indices]
-    outs = []
-    for leaf in zip(*columns, strict=True):
-        if not leaf[0].is_floating_point():
-            outs.append(leaf[0])
-            continue
-        outs.append(Jet(torch.stack([x / ring.factorial(n) for n, x in enumerate(leaf)]), ring))
-    return torch.utils._pytree.tree_unflatten(outs, shape[0])
-
-
-def _directional(function: Callable, axis: int) -> Callable:
-    def pushed(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tangents = tuple(
-            torch.ones_like(v) if n == axis else torch.zeros_like(v) for n, v in enumerate(variables)
-        )
-        return torch.func.jvp(function, (variables,), (tangents,))[1]
-
-    return pushed

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from zoo.errors import ConfigError, DataError, unknown
-from zoo.predict import Predictor
+from zoo.layers.derivatives import Derivatives, derivatives, multi_index
+from zoo.predict import COMMON_OPTIONS, Predictor
 
 _SUFFIXES = (".npz", ".csv", ".vtk", ".vtu")
 
@@ -27,7 +28,7 @@ class TaskPredictor(Predictor):
     def options(self, given: dict[str, str]) -> list[str]:
         for name, value in given.items():
             if name != "out":
-                raise unknown("option of predict:", f"--{name}", ("--out", "--json"))
+                raise unknown("option of predict:", f"--{name}", ("--out", *COMMON_OPTIONS))
             self.out = Path(value)
             if self.out.suffix not in _SUFFIXES:
                 raise ConfigError(f"--out {value}: choose a file ending in {', '.join(_SUFFIXES)}")
@@ -75,10 +76,8 @@ class TaskPredictor(Predictor):
     def predict(self, raw: Any) -> dict[str, Any]:
         """`{"points", "fields": {name: {min, max, mean}}, "file"}`; the numbers themselves go to `--out`."""
         points = self.preprocess(raw)
-        dtype = next(self.model.parameters()).dtype
-        values = torch.cat([self.model(p.to(dtype)).double() for p in points.split(4096)]).numpy()
         columns = dict(zip(self.about["coordinates"], points.numpy().T, strict=True))
-        fields = dict(zip(self.about["fields"], values.T, strict=True))
+        fields = self.fields(points)
         summary = {
             k: {"min": float(v.min()), "max": float(v.max()), "mean": float(v.mean())}
             for k, v in fields.items()
@@ -87,6 +86,28 @@ class TaskPredictor(Predictor):
         if self.out is not None:
             file = str(_write(self.out, columns, fields))
         return {"points": len(points), "fields": summary, "file": file}
+
+    @torch.no_grad()
+    def fields(self, points: torch.Tensor) -> dict[str, np.ndarray]:
+        """Values [N] of each field at points [N, d]."""
+        parts = [self._fields(p) for p in points.split(4096)]
+        return {name: torch.cat([p[name] for p in parts]).double().numpy() for name in parts[0]}
+
+    def _fields(self, points: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The network's fields, and those that its card derives from them (velocities of a stream function)."""
+        coordinates, fields = self.about["coordinates"], self.about["fields"]
+        reported = self.about.get("reported", {})
+        wanted = [multi_index(by, coordinates) for terms in reported.values() for _, _, by in terms]
+        points = points.to(next(self.model.parameters()).dtype)
+        d = Derivatives(derivatives(self.model, points, wanted, "jvp"), fields, coordinates)
+        found = {name: d(name) for name in fields}
+        for name, terms in reported.items():
+            found.setdefault(name, sum(factor * d(field, by) for factor, field, by in terms))
+        return found
+
+    def rows(self, prediction: dict[str, Any]) -> list[dict[str, Any]]:
+        """One row per field; the values at the points go to `--out`."""
+        return [{"field": name, **values} for name, values in prediction["fields"].items()]
 
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         ranges = ", ".join(f"{k} {v['min']:.4g} .. {v['max']:.4g}" for k, v in prediction["fields"].items())
