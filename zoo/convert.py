@@ -9,7 +9,7 @@ Differs from the paper in: all parameters of a swapped layer learn, not feature 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.registry import create_attention, get_attention
 from zoo.errors import CapabilityError, ConfigError
 
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD_OUT = 0.2  # share of the calibration batches that decides when to stop
 
 
@@ -34,6 +36,7 @@ class ConvertReport:
         new: Parameters that the new layers start afresh.
         dropped: Parameters of the old layers without a place in the new ones.
         losses: Held-out transfer loss before the first and after every epoch; empty without calibration.
+        tuning_losses: The same of the fine-tuning.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -41,11 +44,13 @@ class ConvertReport:
     new: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    tuning_losses: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{len(self.layers)} layers swapped; {len(self.kept)} parameters kept, {len(self.new)} new, {len(self.dropped)} dropped"
-        if self.losses:
-            text += f"; transfer loss {self.losses[0]:.4g} -> {min(self.losses):.4g} in {len(self.losses) - 1} epochs"
+        for name, losses in (("transfer", self.losses), ("fine-tuning", self.tuning_losses)):
+            if losses:
+                text += f"; {name} loss {losses[0]:.4g} -> {min(losses):.4g} in {len(losses) - 1} epochs"
         return text
 
 
@@ -70,11 +75,15 @@ def convert(
     *,
     layers: Sequence[int] | None = None,
     options: dict[str, Any] | None = None,
-    calibrate: Iterable[Tensor] | None = None,
+    calibrate: Iterable[Inputs] | None = None,
     objective: str = "output",
     epochs: int = 60,
     lr: float = 4e-3,
     patience: int = 5,
+    fine_tune: Iterable[tuple[Inputs, Tensor]] | None = None,
+    fine_tune_epochs: int = 5,
+    fine_tune_lr: float = 3e-4,
+    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
 ) -> tuple[nn.Module, ConvertReport]:
     """A copy of `model` with other attention in some of its layers.
 
@@ -83,12 +92,16 @@ def convert(
         attention: Variant to put in.
         layers: Numbers of the self-attention layers to swap, counted from 0; all when left out.
         options: The variant's own options.
-        calibrate: Batches of model input for attention transfer; without them the new parts stay untrained. Four
-            fifths train, the rest decide when to stop.
+        calibrate: Batches of model input (a tensor, a tuple of positional or a mapping of named arguments) for attention
+            transfer; without them the new parts stay untrained. Four fifths train, the rest decide when to stop.
         objective: "output" or "map".
         epochs: Most passes over the batches.
         lr: Learning rate of the transfer.
         patience: Epochs without improvement on the held-out batches before it stops.
+        fine_tune: Batches of (model input, target): afterwards the whole model trains on them, with the same split.
+        fine_tune_epochs: Most passes over them.
+        fine_tune_lr: Learning rate of that training.
+        loss: Of (model output, target), for fine-tuning.
 
     Raises:
         ConfigError: Layers that do not exist, or a model without self-attention that can be swapped.
@@ -118,6 +131,8 @@ def convert(
     converted.train(model.training)
     if calibrate is not None:
         _transfer(model, converted, pairs, list(calibrate), objective, epochs, lr, patience, report)
+    if fine_tune is not None:
+        _fine_tune(converted, list(fine_tune), loss, fine_tune_epochs, fine_tune_lr, patience, report)
     return converted, report
 
 
@@ -186,7 +201,7 @@ def _transfer(
     teacher: nn.Module,
     student: nn.Module,
     pairs: list[tuple[str, str]],
-    batches: list[Tensor],
+    batches: list[Inputs],
     objective: str,
     epochs: int,
     lr: float,
@@ -194,60 +209,101 @@ def _transfer(
     report: ConvertReport,
 ) -> None:
     """Train the swapped layers on what the teacher's layers see; the student ends with its best held-out state."""
+    seen = [_inputs(teacher, [t for t, _ in pairs], batch) for batch in batches]
+    old = [teacher.get_submodule(t) for t, _ in pairs]
+    new = nn.ModuleList(student.get_submodule(s) for _, s in pairs)
+    with torch.no_grad():
+        read = _map if objective == "map" else nn.Module.__call__
+        lessons = [
+            [(call, read(o, *call[0], **call[1])) for o, call in zip(old, calls, strict=True)]
+            for calls in seen
+        ]
+
+    def loss(lesson: list[tuple[Call, Tensor]]) -> Tensor:
+        parts = zip(new, lesson, strict=True)
+        return sum(_distance(n, call, wanted, objective) for n, (call, wanted) in parts) / len(new)
+
+    _train(new, lessons, loss, epochs, lr, patience, report.losses)
+
+
+def _fine_tune(
+    model: nn.Module,
+    batches: list[tuple[Inputs, Tensor]],
+    loss: Callable[[Any, Tensor], Tensor],
+    epochs: int,
+    lr: float,
+    patience: int,
+    report: ConvertReport,
+) -> None:
+    training = model.training
+    model.train()
+    _train(
+        model, batches, lambda b: loss(_call(model, b[0]), b[1]), epochs, lr, patience, report.tuning_losses
+    )
+    model.train(training)
+
+
+def _train(
+    module: nn.Module,
+    batches: list[Any],
+    loss: Callable[[Any], Tensor],
+    epochs: int,
+    lr: float,
+    patience: int,
+    losses: list[float],
+) -> None:
+    """Minimise `loss` over the later batches with a falling rate; `module` ends with its best state on the first ones."""
     if len(batches) < 2:
         raise ConfigError(f"calibration needs at least 2 batches, one of them held out; got {len(batches)}")
     held = max(1, round(HELD_OUT * len(batches)))
-    seen = [_inputs(teacher, [t for t, _ in pairs], batch) for batch in batches]
-    old = [teacher.get_submodule(t) for t, _ in pairs]
-    new = [student.get_submodule(s) for _, s in pairs]
-    parameters = [p for module in new for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-
-    with torch.no_grad():
-        read = _map if objective == "map" else nn.Module.__call__
-        seen = [[(x, read(o, x)) for o, x in zip(old, inputs, strict=True)] for inputs in seen]
-
-    def loss(lessons: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return sum(
-            _distance(n, x, wanted, objective) for n, (x, wanted) in zip(new, lessons, strict=True)
-        ) / len(new)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    steps, step = epochs * (len(batches) - held), 0
 
     def held_out() -> float:
+        training = module.training
+        module.eval()
         with torch.no_grad():
-            return float(sum(loss(lessons) for lessons in seen[:held])) / held
+            value = float(sum(loss(batch) for batch in batches[:held])) / held
+        module.train(training)
+        return value
 
-    report.losses.append(held_out())
-    best, best_state, waited = report.losses[0], [copy.deepcopy(m.state_dict()) for m in new], 0
-    for epoch in range(epochs):
-        for step, lessons in enumerate(seen[held:]):
-            progress = (epoch + step / len(seen[held:])) / epochs
+    losses.append(held_out())
+    best, waited = copy.deepcopy(module.state_dict()), 0
+    for _ in range(epochs):
+        for batch in batches[held:]:
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - progress)
+                group["lr"] = lr * (1 - step / steps)
             optimizer.zero_grad(set_to_none=True)
-            loss(lessons).backward()
+            loss(batch).backward()
             optimizer.step()
-        report.losses.append(held_out())
-        if report.losses[-1] < best:
-            best, best_state, waited = report.losses[-1], [copy.deepcopy(m.state_dict()) for m in new], 0
+            step += 1
+        losses.append(held_out())
+        if losses[-1] <= min(losses):
+            best, waited = copy.deepcopy(module.state_dict()), 0
         else:
             waited += 1
             if waited >= patience:
                 break
-    for module, state in zip(new, best_state, strict=True):
-        module.load_state_dict(state)
+    module.load_state_dict(best)
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, names: list[str], batch: Tensor) -> list[Tensor]:
-    """What each named module receives when the model, in evaluation mode, reads `batch`."""
-    kept: dict[str, Tensor] = {}
+def _inputs(model: nn.Module, names: list[str], batch: Inputs) -> list[Call]:
+    """What each named module is called with when the model, in evaluation mode, reads `batch`."""
+    kept: dict[str, Call] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        # timm's blocks name masks that its vision transformers leave empty.
+        return lambda module, args, kwargs: kept.update(
+            {name: (args, {k: v for k, v in kwargs.items() if k not in ("attn_mask", "is_causal")})}
+        )
+
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: kept.update({n: args[0]}))
-        for name in names
+        model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in names
     ]
     training = model.training
     try:
-        model.eval()(batch)
+        _call(model.eval(), batch)
     finally:
         model.train(training)
         for handle in handles:
@@ -255,18 +311,25 @@ def _inputs(model: nn.Module, names: list[str], batch: Tensor) -> list[Tensor]:
     return [kept[name] for name in names]
 
 
-def _distance(new: Attention, x: Tensor, wanted: Tensor, objective: str) -> Tensor:
-    """How far the new layer is from what the old one gave for `x`."""
+def _call(model: nn.Module, batch: Inputs) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _distance(new: Attention, call: Call, wanted: Tensor, objective: str) -> Tensor:
+    """How far the new layer is from what the old one gave for the same call."""
+    args, kwargs = call
     if objective == "output":
         # Relative, so that layers of different scale count alike.
-        return F.mse_loss(new(x), wanted) / wanted.var().clamp(min=1e-8)
-    found = new.attention_map(x).clamp(min=1e-8)
+        return F.mse_loss(new(*args, **kwargs), wanted) / wanted.var().clamp(min=1e-8)
+    found = new.attention_map(*args, **kwargs).clamp(min=1e-8)
     return -(wanted * found.log()).sum(-1).mean()
 
 
-def _map(old: nn.Module, x: Tensor) -> Tensor:
+def _map(old: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
     """Mixing matrix [B, H, N, N] of one of our modules or of timm's softmax attention."""
     if isinstance(old, Attention):
-        return old.attention_map(x)
+        return old.attention_map(x, **kwargs)
     q, k, _ = old.qkv(x).unflatten(-1, (3, old.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return (old.q_norm(q) * old.scale @ old.k_norm(k).mT).softmax(-1)

@@ -72,3 +72,52 @@ def test_what_cannot_be():
         convert(small(), "malla")
     with pytest.raises(ConfigError, match="at least 2 batches"):
         convert(small(), "mala", calibrate=[torch.randn(2, 1, 14, 14)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reg_tokens": 2, "init_values": 0.1, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg", "qkv_bias": False},
+        {"qk_norm": True, "pre_norm": True},
+    ],
+    ids=["registers", "no-token", "qk-norm"],
+)
+def test_any_timm_vision_transformer_is_converted_and_taught(options):
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.models.VisionTransformer(**shape, **options).eval()
+    batches = [torch.randn(8, 3, 16, 16) for _ in range(5)]
+    own = {"qk_norm": True} if options.get("qk_norm") else {}
+    same, report = convert(model, "softmax", options=own)
+    assert (same(batches[0]) - model(batches[0])).abs().max() < 1e-5 and not report.dropped and not report.new
+    converted, report = convert(model, "mala", calibrate=batches, epochs=8)
+    assert min(report.losses) < report.losses[0] and "transfer loss" in str(report)
+    assert bool(report.dropped) == bool(own)
+
+
+def test_layers_with_masks_are_taught_with_their_masks():
+    torch.manual_seed(0)
+    model = zoo.create_model("aed", dim=16, num_heads=2, encoder_layers=1, decoder_layers=1, n_mels=16).eval()
+    sound = [(torch.randn(4, 4000), torch.tensor([4000, 3000, 2000, 1500])) for _ in range(4)]
+    converted, report = convert(model, "mala", calibrate=sound, epochs=10)
+    assert min(report.losses) < report.losses[0]
+    assert report.layers == ["encoder.0.attn"] and converted.decoder[0].attn.name == "softmax"
+    # What lies behind the end of a recording is of no importance to the taught layer either.
+    louder = sound[0][0].clone()
+    louder[3, 1500:] += 5
+    after = [converted.encode(audio, sound[0][1])[0][3] for audio in (sound[0][0], louder)]
+    places = int(converted.encode(*sound[0])[1][3])
+    torch.testing.assert_close(after[0][:places], after[1][:places])
+
+
+def test_fine_tuning_trains_the_whole_model_and_keeps_its_best():
+    model = small()
+    labels = torch.arange(80) % 10
+    images = torch.randn(80, 1, 14, 14) + labels[:, None, None, None] / 3
+    batches = list(zip(images.split(16), labels.split(16), strict=True))
+    converted, report = convert(model, "mala", fine_tune=batches, fine_tune_epochs=6, fine_tune_lr=3e-3)
+    assert min(report.tuning_losses) < report.tuning_losses[0] and "fine-tuning loss" in str(report)
+    found = torch.nn.functional.cross_entropy(converted(batches[0][0]), batches[0][1])
+    assert float(found.detach()) == pytest.approx(min(report.tuning_losses), rel=1e-5)
+    assert not converted.training and not torch.equal(converted.head.weight, model.head.weight)

@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--objective", default="output", choices=["output", "map"])
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument(
+        "--fine-tune", type=int, default=0, metavar="EPOCHS", help="then train everything on them"
+    )
     args = parser.parse_args(argv)
     import yaml
     from omegaconf import OmegaConf
@@ -42,14 +45,23 @@ def main(argv: list[str]) -> int:
         )
     data = build_data(OmegaConf.create(card["config"]))
     loader = iter(data.train_dataloader())
-    batches, count = [], 0
+    batches, labels, count = [], [], 0
     while count < args.samples:
-        batches.append(next(loader)["image"][: args.samples - count])
+        batch = next(loader)
+        batches.append(batch["image"][: args.samples - count])
+        labels.append(batch["label"][: args.samples - count])
         count += len(batches[-1])
     settings = {"layers": args.layers, "options": options}
     untaught, _ = convert(model, attention, **settings)
     taught, report = convert(
-        model, attention, **settings, calibrate=batches, objective=args.objective, epochs=args.epochs
+        model,
+        attention,
+        **settings,
+        calibrate=batches,
+        objective=args.objective,
+        epochs=args.epochs,
+        fine_tune=list(zip(batches, labels, strict=True)) if args.fine_tune else None,
+        fine_tune_epochs=args.fine_tune,
     )
     print(report)
     scores = {

@@ -17,7 +17,7 @@ def encode(tensors: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
 
     Args:
         tensors: State dict.
-        storage: "full"; "half", floating tensors as float16; "byte", matrices as int8 with one float16 factor per
+        storage: "full"; "half", floating tensors as float16; "byte", matrices as int8 with one factor per
             row (first axis), the rest as float16.
 
     Raises:
@@ -33,7 +33,7 @@ def encode(tensors: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
             found[name] = value
         elif storage == "byte" and value.dim() > 1 and value.numel() > 4 * value.shape[0]:
             rows = value.flatten(1)
-            factor = _half(name, rows.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float16).tiny)
+            factor = (rows.abs().amax(1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
             found[name] = (
                 (rows / factor[:, None].to(rows.dtype))
                 .round()
