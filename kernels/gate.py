@@ -9,7 +9,7 @@ time of each launch. It fails (exit code 1) on register spills or stack use, on 
 matrix product that does not run on tensor cores. float32 products must run there too: as three TF32 passes ("tf32x3") on NVIDIA, as
 float32 matrix instructions on AMD.
 
-**To put an operation under the gate**, define in ``kernels/<op>/triton.py`` (or ``launch.py``, where the host code has its own file)
+**To put an operation under the gate**, define in ``kernels/<op>/triton.py`` (or ``launch.py`` or ``cases.py`` beside it)
 
     def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]
 
@@ -42,6 +42,7 @@ from kernels._common.targets import TARGETS, GateCase, Target
 
 DTYPES = ("float16", "bfloat16", "float32")
 DIMS = (16, 32, 64, 128)
+_STEMS = ("cases", "launch", "triton")
 # Tensor-core instructions: PTX of Ampere (mma.sync), Hopper (wgmma), Blackwell (tcgen05); AMD matrix instructions.
 _TENSOR = {
     "cuda": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"),
@@ -78,12 +79,12 @@ class Result:
 def operations() -> list[str]:
     """Names of the folders under ``kernels`` that define ``gate_cases``."""
     root = Path(__file__).parent
-    names = sorted(p.parent.name for p in root.glob("*/triton.py"))
+    names = sorted({p.parent.name for stem in _STEMS for p in root.glob(f"*/{stem}.py")})
     return [name for name in names if _gate_module(name) is not None]
 
 
 def _gate_module(op: str):
-    for stem in ("launch", "triton"):
+    for stem in _STEMS:
         if importlib.util.find_spec(f"kernels.{op}.{stem}") is not None:
             module = importlib.import_module(f"kernels.{op}.{stem}")
             if hasattr(module, "gate_cases"):
@@ -152,7 +153,22 @@ def compile_case(case: GateCase, target: Target) -> Result:
             signature[name] = "constexpr"
             constexprs[(i,)] = case.constexprs[name]
             continue
-        signature[name] = f"*{case.pointers[name]}" if name in case.pointers else "i32"
+        given = case.pointers.get(name)
+        if isinstance(given, tuple):
+            signature[name] = (
+                type(given)(*("constexpr" if t is None else t for t in given))
+                if hasattr(given, "_fields")
+                else given
+            )
+            for at, (field, kind) in enumerate(
+                zip(getattr(given, "_fields", range(len(given))), given, strict=True)
+            ):
+                if kind is None:
+                    constexprs[(i, at)] = None
+                elif f"{name}.{field}" not in case.unaligned:
+                    attrs[(i, at)] = [["tt.divisibility", 16]]
+            continue
+        signature[name] = f"*{given}" if given else "i32"
         if name not in case.unaligned:
             attrs[(i,)] = [["tt.divisibility", 16]]
     unknown = (set(case.pointers) | set(case.constexprs)) - set(names)

@@ -51,19 +51,20 @@ class GateCase:
     Attributes:
         kernel: The function under ``@triton.jit``.
         variant: Short text that tells this case from others of the same kernel, target, dtype and head size.
-        pointers: Element type of each pointer argument ("fp32", "u8" ...); every other argument that is no constexpr is an i32.
+        pointers: Element type of each pointer argument ("fp32", "u8" ...); every other argument that is no constexpr is an i32. A tuple
+            argument is given as a tuple of full types ("*fp32", "i32"; None where the call passes None).
         constexprs: Values of all ``tl.constexpr`` arguments.
         num_warps: As at launch.
         num_stages: As at launch.
         has_dot: Whether the kernel contains a matrix product (then tensor-core instructions must appear).
         cost: Work of one launch at ``shape``, for the roofline column.
         shape: The shape that ``cost`` is for, as text.
-        unaligned: Arguments that are not multiples of 16 at the shapes the kernel is meant for (lengths).
+        unaligned: Arguments that are not multiples of 16 at the shapes the kernel is meant for (lengths); "argument.field" in a tuple.
     """
 
     kernel: Any
     variant: str
-    pointers: dict[str, str]
+    pointers: dict[str, str | tuple]
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int

@@ -6,7 +6,8 @@ B batch, H heads, Hk key heads, N tokens (queries and keys are the same tokens),
 
 A rule (``masks.py``) is a small hashable value; ``block_lists`` turns it once into CSR lists of key tiles per query tile, marked full or
 partial, and their transpose. Implementations: ``reference`` uses the dense mask; ``torch`` gathers, for each tile of neighbouring queries,
-the keys that any of them sees, so that work and memory grow with the window and not with N. There is no Triton kernel yet.
+the keys that any of them sees, so that work and memory grow with the window and not with N; ``triton`` runs the softmax kernels over the lists, forward and
+backward, with the rule evaluated from places in partial tiles and tiles of square neighbourhoods on grids.
 
 Sources: Faster Neighborhood Attention, arXiv 2403.04690, and NATTEN's rule for borders, dilation and stride; CLEAR, arXiv 2412.16112.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch import float64 as _float64
 
 from kernels._common.checks import check_key_mask, check_qkv
+from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels.block_sparse import reference
@@ -49,11 +51,11 @@ def attention(
         v: Values, [B, Hk, N, E].
         mask: The rule; its ``tokens`` must be N.
         key_mask: Keys to keep, bool [B, N]; a row that sees no key gives zeros (lse -inf) and no gradient.
-        bias: Added to the scaled scores, broadcastable to [B, H, N, N]; takes the dense path.
+        bias: Added to the scaled scores, broadcastable to [B, H, N, N]; takes the dense path, not in Triton.
         scale: ``D ** -0.5`` if left out.
         return_lse: Also return the log-sum-exp of each row; it carries gradients.
         higher_order: The result will be differentiated more than once.
-        impl: "reference" or "torch"; None chooses.
+        impl: "reference", "torch" or "triton"; None chooses by context, environment and device.
 
     Returns:
         [B, H, N, E] in the dtype of ``q``; with ``return_lse`` also [B, H, N].
@@ -65,8 +67,16 @@ def attention(
         raise ValueError(
             f"{op}: the rule is for {mask.tokens} tokens, got {q.shape[2]} queries and {k.shape[2]} keys"
         )
-    impl = choose(op, impl, q, k, v, triton_gap="block-sparse attention yet")
+    asked = impl not in (None, "auto") or current_choice() is not None
+    impl = choose(op, impl, q, k, v, triton_gap=None if bias is None else "a bias over pairs")
+    if impl == "triton" and higher_order and not asked:
+        impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "triton":
+        from kernels.block_sparse import ops
+
+        out, lse = ops.attention(q, k, v, mask, key_mask=key_mask, scale=scale)
+        return (out, lse) if return_lse else out
     explicit = higher_order or return_lse or q.dtype == _float64
     run = reference.attention if impl == "reference" else torch_path.attention
     out, lse = run(q, k, v, mask, key_mask=key_mask, bias=bias, scale=scale, explicit=explicit)

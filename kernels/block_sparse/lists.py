@@ -16,7 +16,7 @@ class BlockLists(NamedTuple):
     """Tiles that hold a visible pair, in CSR form: key tiles of query tile t are ``col[row_ptr[t]:row_ptr[t + 1]]``, ascending.
 
     ``full`` marks tiles without a hidden pair. ``t_row_ptr``, ``t_col`` list the query tiles of each key tile; ``t_at`` says where in ``col``
-    such a pair stands.
+    such a pair stands. ``order`` says which token stands in each place of a tile.
     """
 
     row_ptr: Tensor
@@ -25,6 +25,7 @@ class BlockLists(NamedTuple):
     t_row_ptr: Tensor
     t_col: Tensor
     t_at: Tensor
+    order: Tensor
 
 
 class Bucket(NamedTuple):
@@ -62,14 +63,13 @@ def tile_order(mask: Mask, rows: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def block_lists(mask: Mask, block_q: int, block_k: int, device: torch.device) -> BlockLists:
-    """Tiles of consecutive tokens; the last tile of either side may be short (its missing pairs do not make it partial)."""
+def block_lists(mask: Mask, block_q: int, block_k: int, device: torch.device, near: int = 0) -> BlockLists:
+    """Tiles of consecutive tokens, or of ``tile_order(mask, near)``; the last tile of either side may be short (its missing pairs do not make it partial)."""
     n = mask.tokens
     tiles_k = math.ceil(n / block_k)
-    j = torch.arange(n)
+    j = tile_order(mask, near) if near else torch.arange(n)
     rows, cols, fulls = [], [], []
-    for t in range(math.ceil(n / block_q)):
-        i = torch.arange(t * block_q, min(n, (t + 1) * block_q))
+    for i in j.split(block_q):
         seen = mask.visible(i[:, None], j[None]).expand(len(i), n)
         padded = lambda fill, s=seen: torch.nn.functional.pad(s, (0, tiles_k * block_k - n), value=fill)  # noqa: E731
         some = padded(False).unflatten(1, (tiles_k, block_k)).any(-1).any(0)
@@ -85,7 +85,7 @@ def block_lists(mask: Mask, block_q: int, block_k: int, device: torch.device) ->
     t_ptr = torch.nn.functional.pad(torch.bincount(col, minlength=tiles_k).cumsum(0), (1, 0))
     return BlockLists(
         *(t.to(device=device, dtype=torch.int32) for t in (row_ptr, col)), full.to(device),
-        *(t.to(device=device, dtype=torch.int32) for t in (t_ptr, owner[at], at)),
+        *(t.to(device=device, dtype=torch.int32) for t in (t_ptr, owner[at], at, j)),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which key tokens a query token may see, by their places. Each rule is hashable, so that its block lists are built once.
 
 Tokens are numbered from 0, `prefix` tokens without a place first, then the grid in row-major order. `visible(i, j)` takes integer
-tensors that broadcast against each other.
+tensors that broadcast against each other; `code()` is the rule as integers, for kernels and registered operators, and `decode` its inverse.
 """
 
 import math
@@ -86,6 +86,10 @@ class Neighborhood:
             out = out & axis_visible(p, k, length, w, d, s, c)
         return out | (i < self.prefix) | (j < self.prefix)
 
+    def code(self) -> tuple[int, ...]:
+        axes = zip(self.shape, self.window, self.dilation, self.stride, self.causal, strict=True)
+        return 1, self.prefix, len(self.shape), *(int(value) for axis in axes for value in axis)
+
 
 @dataclass(frozen=True)
 class Disc:
@@ -105,6 +109,10 @@ class Disc:
         near = (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 < self.radius**2
         return near | (i < self.prefix) | (j < self.prefix)
 
+    def code(self) -> tuple[int, ...]:
+        """Squared distances are integers: the largest one allowed stands for the radius."""
+        return 2, self.prefix, self.shape[1], math.ceil(self.radius**2) - 1, self.shape[0]
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -122,6 +130,9 @@ class Segments:
         same = ids[i] == ids[j]
         return same & (j <= i) if self.causal else same
 
+    def code(self) -> tuple[int, ...]:
+        return 3, int(self.causal), *self.ids
+
 
 @dataclass(frozen=True)
 class PrefixLM:
@@ -132,6 +143,9 @@ class PrefixLM:
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) | (j < self.prefix)
+
+    def code(self) -> tuple[int, ...]:
+        return 4, self.prefix, self.tokens
 
 
 @dataclass(frozen=True)
@@ -145,5 +159,23 @@ class GlobalWindow:
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         return ((i - j).abs() <= self.window) | (i < self.leading) | (j < self.leading)
 
+    def code(self) -> tuple[int, ...]:
+        return 5, self.window, self.leading, self.tokens
+
 
 Mask = Neighborhood | Disc | Segments | PrefixLM | GlobalWindow
+
+
+def decode(code: tuple[int, ...]) -> Mask:
+    """The rule that has this code."""
+    kind, *rest = code
+    if kind == 1:
+        prefix, _, *axes = rest
+        shape, window, dilation, stride, causal = (tuple(axes[at::5]) for at in range(5))
+        return Neighborhood(shape, window, dilation, stride, tuple(bool(c) for c in causal), prefix)
+    if kind == 2:
+        prefix, columns, largest, rows = rest
+        return Disc((rows, columns), math.sqrt(largest + 0.5), prefix)
+    if kind == 3:
+        return Segments(tuple(rest[1:]), bool(rest[0]))
+    return PrefixLM(rest[1], rest[0]) if kind == 4 else GlobalWindow(rest[2], rest[0], rest[1])

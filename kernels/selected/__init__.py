@@ -10,7 +10,8 @@ E head size of values, Nc compressed blocks, Nb selection blocks, S chosen block
 
 The overlap form of the score equals the double sum of the paper (eq. 9). Scores and choice carry no gradient. Implementations:
 ``reference`` builds a dense mask; ``torch`` does so too while that is cheap and gathers the chosen blocks per query when the keys are
-many, in row blocks either way. There is no Triton kernel yet.
+many, in row blocks either way; ``triton`` has the attention forward and backward with the heads of a group as rows of the products, the scores from the
+log-sum-exp of compressed attention, and the choice.
 
 Source: Native Sparse Attention, arXiv 2502.11089.
 """
@@ -20,7 +21,9 @@ from functools import lru_cache
 import torch as pt
 from torch import Tensor
 
+from kernels import softmax
 from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions
+from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels.selected import reference
@@ -51,7 +54,14 @@ def overlap_stencil(
 
 @pt.no_grad()
 def block_scores(
-    q: Tensor, k_cmp: Tensor, stencil: Tensor, *, visible: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k_cmp: Tensor,
+    stencil: Tensor,
+    *,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """How much a group of queries attends to each selection block.
 
@@ -61,18 +71,39 @@ def block_scores(
         stencil: From ``overlap_stencil``, [Nc, Nb].
         visible: bool, broadcastable to [B, 1, N, Nc]; rows that see nothing score 0 everywhere.
         scale: ``D ** -0.5`` if left out.
+        lse: Log-sum-exp [B, H, N] of the compressed attention, if it is known; the Triton kernel needs it.
+        impl: "reference", "torch" (the same here) or "triton"; None chooses by context, environment and device.
 
     Returns:
         float32 [B, Hk, N, Nb], without gradient.
     """
-    check_qkv("block_scores", q, k_cmp, k_cmp, grouped=True)
+    op = "block_scores"
+    check_qkv(op, q, k_cmp, k_cmp, grouped=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose(op, impl, q, k_cmp) == "triton":
+        from kernels.selected import ops
+
+        if lse is None:
+            hidden = (
+                None
+                if visible is None
+                else pt.zeros_like(visible, dtype=pt.float32).masked_fill(~visible, -pt.inf)
+            )
+            lse = softmax.attention(
+                q, k_cmp, k_cmp, bias=hidden, scale=scale, return_lse=True, impl="triton"
+            )[1]
+        return ops.selected_scores(q, k_cmp, stencil, visible, lse, float(scale))
     return torch_path.block_scores(q, k_cmp, stencil, visible, scale)
 
 
 @pt.no_grad()
 def select_blocks(
-    scores: Tensor, count: int, *, forced: Tensor | None = None, valid: Tensor | None = None
+    scores: Tensor,
+    count: int,
+    *,
+    forced: Tensor | None = None,
+    valid: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
     """The ``count`` best blocks of each query, in ascending order.
 
@@ -81,6 +112,7 @@ def select_blocks(
         count: S, how many to take at most.
         forced: bool, broadcastable to ``scores``; blocks taken first, where valid.
         valid: bool, broadcastable to ``scores``; others are never taken.
+        impl: "reference", "torch" (the same here) or "triton"; None chooses by context, environment and device.
 
     Returns:
         Block numbers, int64 [B, Hk, N, min(S, Nb)]; missing ones are -1, at the end.
@@ -93,6 +125,10 @@ def select_blocks(
     if valid is not None:
         scores = scores.masked_fill(~valid, -pt.inf)
     blocks = scores.shape[-1]
+    if choose("select_blocks", impl, scores) == "triton":
+        from kernels.selected import ops
+
+        return ops.selected_top(scores, count)
     # A stable sort, not topk: equal scores must choose the same blocks on every device.
     ranked, index = scores.sort(dim=-1, descending=True, stable=True)
     ranked, index = ranked[..., :count], index[..., :count]
@@ -129,7 +165,7 @@ def attention(
         scale: ``D ** -0.5`` if left out.
         return_lse: Also return the log-sum-exp of each row; it carries gradients.
         higher_order: The result will be differentiated more than once.
-        impl: "reference" or "torch"; None chooses.
+        impl: "reference", "torch" or "triton"; None chooses by context, environment and device.
 
     Returns:
         [B, H, N, E] in the dtype of ``q``; with ``return_lse`` also [B, H, N].
@@ -143,13 +179,26 @@ def attention(
         )
     if block_size < 1:
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
-    impl = choose(op, impl, q, k, v, triton_gap="selected attention yet")
+    asked = impl not in (None, "auto") or current_choice() is not None
+    impl = choose(op, impl, q, k, v)
+    if impl == "triton" and higher_order and not asked:
+        impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pos_q = pos_k = None
     if causal:
         pos_q, pos_k = query_key_positions(op, positions, q.shape[0], q.shape[2], k.shape[2], q.device)
     elif positions is not None:
         raise ValueError(f"{op}: positions only matter for causal=True")
+    if impl == "triton":
+        from kernels.selected import ops
+
+        if key_mask is not None:
+            # NaN or infinity in a masked row would survive a weight of zero.
+            drop = ~key_mask[:, None, :, None]
+            k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
+        given = (None, None) if positions is None else (pos_q, pos_k)
+        out, lse = ops.selected_fwd(q, k, v, index, key_mask, *given, block_size, causal, float(scale))
+        return (out, lse) if return_lse else out
     explicit = higher_order or return_lse or q.dtype == pt.float64
     run = reference.attention if impl == "reference" else torch_path.attention
     out, lse = run(

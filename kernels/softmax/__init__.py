@@ -5,16 +5,18 @@ B batch, H heads, Hk key heads, N queries, M keys, D head size of queries and ke
 Implementations: ``reference`` is explicit; ``torch`` hands each call to ``F.scaled_dot_product_attention`` where that is right and
 fast (PyTorch's own kernels are the best available for plain attention on CPU, CUDA and ROCm, so the automatic choice uses them
 there too) and to explicit softmax in row blocks for double backward, forward mode, float64 and a log-sum-exp output. Row blocks keep
-memory linear in N. ``triton`` has forward and backward kernels for key mask, bias (its gradient reduced to its own shape; by torch for wide float32 heads and on AMD), bands, grouped
-heads and the differentiable log-sum-exp; on a GPU the automatic choice takes them for what SDPA lacks: a log-sum-exp output, windows
-and given positions without a mask of N x M, and a bias that needs a gradient. Dropout, softcap and skipping stay with torch.
+memory linear in N, score mods and factors included. ``triton`` has forward and backward kernels for key mask, bias (its gradient reduced to its own shape;
+by torch for wide float32 heads and on AMD), bands, grouped heads, soft cap, low-rank factors with their gradients, score mods (gradients of their
+tables by torch, in row blocks), a factor after the softmax and the differentiable log-sum-exp; few queries on many keys are split over the keys.
+On a GPU the automatic choice takes them for what SDPA lacks: a log-sum-exp output, windows and given positions without a mask of N x M, a bias that
+needs a gradient, and all of these options. Dropout and skipping stay with torch.
 
-Source: FlashAttention, arXiv 2205.14135; the merge identity of ``merge_lse`` is its section on blocks.
+Sources: FlashAttention, arXiv 2205.14135 (the merge identity of ``merge_lse`` is its section on blocks); FlashBias, arXiv 2505.12044 (factors);
+Lean Attention, arXiv 2405.10480 (splitting the keys).
 """
 
-from torch import Tensor, inf
+from torch import Tensor
 from torch import float64 as _float64
-from torch import stack as _stack
 from torch.overrides import handle_torch_function as _handle
 
 from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions
@@ -23,8 +25,13 @@ from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels.softmax import reference
 from kernels.softmax import torch as torch_path
+from kernels.softmax.combine import apply_sink, merge_lse
+from kernels.softmax.mods import Alibi, Polyline, RelativeTable, RelativeTable2d, RowColumn, ScoreMod
 
-__all__ = ["attention", "apply_sink", "cost", "merge_lse"]
+__all__ = [
+    "Alibi", "Polyline", "RelativeTable", "RelativeTable2d", "RowColumn", "ScoreMod",
+    "apply_sink", "attention", "cost", "merge_lse",
+]  # fmt: skip
 
 Window = int | tuple[int | None, int | None]
 
@@ -42,13 +49,17 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    score_mod: ScoreMod | None = None,
+    post_mask: Tensor | None = None,
+    head_gate: Tensor | None = None,
     skip_threshold: float = 0.0,
     skip_tile: tuple[int, int] = (64, 64),
     return_lse: bool = False,
     higher_order: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T + bias) v`` over visible keys.
+    """``(w softmax(scale q k^T + phi_q phi_k^T + mod + bias)) v`` over visible keys.
 
     Args:
         q: Queries, [B, H, N, D].
@@ -63,6 +74,10 @@ def attention(
         scale: ``D ** -0.5`` if left out.
         dropout: Probability of zeroing a weight after the softmax; always applied, so pass 0 outside training.
         softcap: Bound the scaled scores by ``softcap tanh(. / softcap)``, before the bias; None for none.
+        factors: A low-rank bias, phi_q [B|1, H, N, R] and phi_k [B|1, H, M, R]; kept in float32 at least.
+        score_mod: A bias that follows from places, never built as a whole: see ``mods.py``.
+        post_mask: Factor w of the weights after the softmax, broadcastable to [B, H, N, M]; rows then need not sum to one.
+        head_gate: Factor of the output of each head and query, broadcastable to [B, H, N].
         skip_threshold: Drop a tile of keys in which every row has ``exp(tile maximum - running maximum)`` below this over the row's
             visible keys (BLASST); the dropped weight of a row is then below this number. 0 drops nothing.
         skip_tile: Queries and keys of such a tile.
@@ -77,29 +92,35 @@ def attention(
         ValueError: Shapes or options that do not fit.
         NotImplementedError: impl="triton" for what its kernels lack.
     """
-    if not all(
-        isinstance(t, Tensor) for t in (q, k, v)
-    ):  # Taylor jets and other tensor-likes bring their own rule
+    if not all(isinstance(t, Tensor) for t in (q, k, v)):
+        # Taylor jets and other tensor-likes bring their own rule
         options = dict(
             key_mask=key_mask, bias=bias, causal=causal, positions=positions, window=window, scale=scale
         )
         options |= dict(dropout=dropout, return_lse=return_lse)
-        if softcap is not None or skip_threshold:
+        more = softcap, factors, score_mod, post_mask, head_gate, skip_threshold or None
+        if any(option is not None for option in more):
             raise NotImplementedError(
-                "attention: softcap and skip_threshold take plain tensors only; leave them out"
+                "attention: softcap, factors, score_mod, post_mask, head_gate and skip_threshold take plain tensors only; "
+                "give their effect as a bias"
             )
         return _handle(attention, (q, k, v), q, k, v, **options)
     op = "attention"
     check_qkv(op, q, k, v, grouped=True)
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])
-    _check_bias(op, bias, q, k)
+    full = (*q.shape[:3], k.shape[2])
+    _check_pairs(op, "bias", bias, full)
+    _check_pairs(op, "post_mask", post_mask, full)
+    _check_factors(op, factors, full)
+    if score_mod is not None:
+        score_mod.check(full)
     left, right = _check_window(op, window)
     if causal:
         right = 0 if right is None else min(right, 0)
     banded = left is not None or right is not None
-    if positions is not None and not banded:
+    if positions is not None and not banded and score_mod is None:
         raise ValueError(
-            f"{op}: positions only matter for causal=True or a window; leave them out or set one of these"
+            f"{op}: positions only matter for causal=True or a window or a score_mod; leave them out or set one of these"
         )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
@@ -110,20 +131,27 @@ def attention(
             f"{op}: skip_threshold must be >= 0 and skip_tile >= 1, got {skip_threshold}, {skip_tile}"
         )
     skip = reference.Skip(skip_threshold, *skip_tile) if skip_threshold else None
-    gap = "dropout" if dropout else "softcap" if softcap is not None else "skip_threshold" if skip else None
+    gap = "dropout" if dropout else "skip_threshold" if skip else None
+    if gap is None and post_mask is not None and post_mask.requires_grad:
+        gap = "the gradient of post_mask"
     asked = impl not in (None, "auto") or current_choice() is not None
     impl = choose(op, impl, q, k, v, triton_gap=gap)
     needs = (
         return_lse
         or (bias is not None and bias.requires_grad)
         or (banded and not (window is None and positions is None))
+        or any(option is not None for option in (softcap, factors, score_mod, post_mask))
     )
     if impl == "triton" and not asked and (higher_order or not needs):
         impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    pos_q = pos_k = None
-    if banded:
+    pos_q = pos_k = mod = None
+    if banded or score_mod is not None:
         pos_q, pos_k = query_key_positions(op, positions, q.shape[0], q.shape[2], k.shape[2], q.device)
+    if score_mod is not None:
+        mod = torch_path.Mod(score_mod.code(), score_mod.tables(), pos_q, pos_k)
+    if not banded:
+        pos_q = pos_k = None
     if impl == "reference":
         visible = None
         if key_mask is not None:
@@ -131,83 +159,31 @@ def attention(
             k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
         if key_mask is not None or banded:
             visible = torch_path._visible(key_mask, pos_q, pos_k, (left, right), 0, q.shape[2], 0, k.shape[2])
+        added = [] if bias is None else [bias]
+        if factors is not None:
+            added.append(factors[0] @ factors[1].mT)
+        if mod is not None:
+            added.append(mod.block(0, q.shape[2], 0, k.shape[2]))
         out, lse = reference.attention(
-            q, k, v, visible=visible, bias=bias, scale=scale, dropout=dropout, softcap=softcap, skip=skip
-        )
+            q, k, v, visible=visible, bias=sum(added[1:], added[0]) if added else None, scale=scale, dropout=dropout,
+            softcap=softcap, skip=skip, post=post_mask,
+        )  # fmt: skip
     elif impl == "triton":
         from kernels.softmax import ops
 
-        aligned = banded and positions is None
         out, lse = ops.attention(
-            q, k, v, key_mask=key_mask, bias=bias, pos_q=pos_q, pos_k=pos_k, aligned=aligned, window=(left, right), scale=scale
+            q, k, v, key_mask=key_mask, bias=bias, pos_q=pos_q, pos_k=pos_k, aligned=positions is None,
+            window=(left, right), scale=scale, softcap=softcap, factors=factors, mod=mod, post=post_mask,
         )  # fmt: skip
     else:
         out, lse = torch_path.attention(
-            q,
-            k,
-            v,
-            key_mask=key_mask,
-            bias=bias,
-            pos_q=pos_q,
-            pos_k=pos_k,
-            aligned=banded and positions is None,
-            window=(left, right),
-            scale=scale,
-            want_lse=return_lse,
-            explicit=higher_order or q.dtype == _float64,
-            dropout=dropout,
-            softcap=softcap,
-            skip=skip,
-        )
+            q, k, v, key_mask=key_mask, bias=bias, pos_q=pos_q, pos_k=pos_k, aligned=banded and positions is None,
+            window=(left, right), scale=scale, want_lse=return_lse, explicit=higher_order or q.dtype == _float64,
+            dropout=dropout, softcap=softcap, skip=skip, factors=factors, mod=mod, post=post_mask,
+        )  # fmt: skip
+    if head_gate is not None:
+        out = out * head_gate[..., None]
     return (out, lse) if return_lse else out
-
-
-def apply_sink(out: Tensor, lse: Tensor, logit: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Add one more key to every row after the fact: a sink that takes weight away from the others.
-
-    ``O' = O sigmoid(lse - b) + v_s sigmoid(b - lse)`` and ``lse' = logaddexp(lse, b)``.
-
-    Args:
-        out: Attention over the real keys, [B, H, N, E].
-        lse: Its log-sum-exp, [B, H, N].
-        logit: Score b of the sink, broadcastable to [B, H, N].
-        value: Value of the sink, broadcastable to [B, H, N, E]; zero if left out.
-
-    Returns:
-        Output and log-sum-exp with the sink. Rows without a real key stay zero, whatever the sink's value.
-    """
-    empty = lse == -inf
-    # Empty rows get a harmless finite score, so that no infinity meets a zero in any derivative.
-    kept = (lse.masked_fill(empty, 0.0) - logit).sigmoid().to(out.dtype)
-    mixed = out * kept[..., None]
-    if value is not None:
-        mixed = mixed + (1 - kept)[..., None] * value
-    return mixed.masked_fill(empty[..., None], 0.0), lse.logaddexp(logit.expand(lse.shape).to(lse.dtype))
-
-
-def merge_lse(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of disjoint key sets from the attention over each.
-
-    Args:
-        parts: Pairs of output [..., N, E] and log-sum-exp [..., N] as ``attention(..., return_lse=True)`` returns them.
-
-    Returns:
-        Output and log-sum-exp over all keys; rows without any key are 0 and -inf.
-    """
-    if not parts:
-        raise ValueError("merge_lse: needs at least one (output, lse) pair, got an empty list")
-    lse = _stack([part[1] for part in parts])
-    peak = lse.detach().amax(0)
-    peak = peak.masked_fill(peak == -inf, 0.0)
-    weights = (lse - peak).exp()
-    total = weights.sum(0)
-    empty = total == 0
-    safe = total.masked_fill(empty, 1.0)
-    out = sum(
-        (w / safe)[..., None].to(part[0].dtype) * part[0]
-        for w, part in zip(weights.unbind(0), parts, strict=True)
-    )
-    return out, (safe.log() + peak).masked_fill(empty, -inf)
 
 
 def cost(
@@ -236,18 +212,33 @@ def cost(
     return Cost(2.5 * flops, 2 * moved, state) if backward else Cost(flops, moved, state)
 
 
-def _check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> None:
-    if bias is None:
+def _check_pairs(op: str, name: str, t: Tensor | None, full: tuple[int, ...]) -> None:
+    if t is None:
         return
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    fits = bias.dim() == 4 and all(have in (1, want) for have, want in zip(bias.shape, full, strict=True))
+    fits = t.dim() == 4 and all(have in (1, want) for have, want in zip(t.shape, full, strict=True))
     if not fits:
         raise ValueError(
-            f"{op}: bias must be 4-D and broadcastable to [B, H, N, M] = {list(full)}, got {tuple(bias.shape)}"
+            f"{op}: {name} must be 4-D and broadcastable to [B, H, N, M] = {list(full)}, got {tuple(t.shape)}"
         )
-    if not bias.is_floating_point():
+    if not t.is_floating_point():
         raise ValueError(
-            f"{op}: bias must be floating point, got {bias.dtype}; pass bool masks as key_mask or use -inf"
+            f"{op}: {name} must be floating point, got {t.dtype}; pass bool masks as key_mask or use -inf in a bias"
+        )
+
+
+def _check_factors(op: str, factors: tuple[Tensor, Tensor] | None, full: tuple[int, ...]) -> None:
+    if factors is None:
+        return
+    batch, heads, *lengths = full
+    shapes = [tuple(f.shape) for f in factors]
+    fits = all(
+        len(s) == 4 and s[0] in (1, batch) and s[1:3] == (heads, length)
+        for s, length in zip(shapes, lengths, strict=True)
+    )
+    if not fits or shapes[0][3] != shapes[1][3]:
+        raise ValueError(
+            f"{op}: factors must be [B|1, H, N, R] and [B|1, H, M, R] with B, H, N, M = {list(full)}, got "
+            f"{shapes[0]} and {shapes[1]}"
         )
 
 

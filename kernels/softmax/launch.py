@@ -1,17 +1,53 @@
-"""Launches the Triton kernels: tile sizes, grids, and the cases for the compile gate."""
+"""Launches the Triton kernels: tile sizes, grids, splits."""
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from kernels._common.choice import interpreting
-from kernels._common.cost import Cost
-from kernels._common.targets import GateCase, Target
 from kernels.softmax import triton as tk
+from kernels.softmax.combine import merge_lse
+from kernels.softmax.scores import Config, Lists, Operands, Sizes
+
+# Where the tiles of queries are fewer than half of this, the keys are split over so many programs.
+SPLIT_PROGRAMS = 256
+
+
+class Problem(NamedTuple):
+    """One call, as the registered operators hand it over; see ``ops.py``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    phi_q: Tensor | None = None
+    phi_k: Tensor | None = None
+    table_a: Tensor | None = None
+    table_b: Tensor | None = None
+    post: Tensor | None = None
+    key_mask: Tensor | None = None
+    pos_q: Tensor | None = None
+    pos_k: Tensor | None = None
+    left: int = -1
+    right: int = -1
+    aligned: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
+    mod: tuple[int, ...] = ()
+
+
+class Sparse(NamedTuple):
+    """Lists of tiles for a block-sparse call: of key tiles per query tile, of query tiles per key tile."""
+
+    rows: Lists
+    columns: Lists
+    rule: tuple[int, ...]
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -24,27 +60,36 @@ class Tiles:
     stages: int
 
 
-def tiles(kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90) -> Tiles:
-    """The same table serves launches and the compile gate; the wider head size decides.
+def tiles(kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, rich: bool = False) -> Tiles:
+    """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
 
     The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles. AMD runs out of scalar registers first. ``arch`` is the compute capability times ten on NVIDIA.
+    smaller tiles. So do ``rich`` scores, with more than a band and a key mask. AMD runs out of scalar registers first. ``arch`` is the compute
+    capability times ten on NVIDIA.
     """
-    wide = max(_pow2(d), _pow2(e)) > 64
+    wide = max(pow2(d), pow2(e)) > 64
     if dot == "float32":
+        if kernel == "bwd_dq" and wide and backend == "cuda" and arch < 90:
+            return Tiles(16, 32, 4, 1)
         side = 16 if wide or backend == "hip" else 32
-        few = not wide or (kernel == "bwd_dq" and backend == "cuda" and arch < 90)
-        return Tiles(side, side, 4 if few else 8, 1)
+        return Tiles(side, side, 8 if wide or (kernel == "bwd_dbias" and backend == "cuda") else 4, 1)
     if backend == "hip":
         return Tiles(32, 16, 4, 1)
+    if rich or (kernel == "bwd_dkdv" and wide and arch < 90):
+        return Tiles(32 if wide else 64, 32, 8, 1)
     if kernel == "fwd":
         return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
-    if kernel == "bwd_dkdv" and ((wide and arch < 90) or (not wide and arch >= 100)):
+    if kernel == "bwd_dkdv" and not wide and arch >= 100:
         return Tiles(64, 32, 4, 1)
     return Tiles(64, 32 if wide else 64, 8, 1)
 
 
-def _pow2(n: int) -> int:
+def bias_kernel(dtype: str, d: int, e: int, where: str | None = None) -> bool:
+    """Whether the kernel for the bias gradient fits: not with wide float32 heads, nor in AMD's scalar registers."""
+    return (where or backend()) == "cuda" and (dtype != "float32" or max(d, e) <= 64)
+
+
+def pow2(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
@@ -54,30 +99,32 @@ def dot_types(dtype: str, backend: str) -> tuple[str, str]:
     return dtype, "ieee" if backend == "hip" else "tf32"
 
 
-def _backend() -> str:
+def backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
-def _arch() -> int:
+def compute_capability() -> int:
+    """Times ten; 90 where there is none."""
     if torch.version.hip or not torch.cuda.is_available():
         return 90
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
 
-def _types(t: Tensor) -> tuple[str, str]:
+def types_of(t: Tensor) -> tuple[str, str]:
+    """Operand type and precision of the products."""
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee"
-    return dot_types(str(t.dtype)[6:], _backend())
+    return dot_types(str(t.dtype)[6:], backend())
 
 
-def _rows(t: Tensor) -> Tensor:
+def row_dense(t: Tensor) -> Tensor:
     """Kernels take any strides but the last."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _device(t: Tensor):
+def on_device(t: Tensor):
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -85,174 +132,154 @@ def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
     return torch.empty(shape, device=like.device, dtype=dtype)
 
 
-@dataclass
+def _steps(t: Tensor, axes: int) -> list[int]:
+    """Strides of the leading axes, 0 where the tensor is broadcast."""
+    return [0 if size == 1 else step for size, step in zip(t.shape[:axes], t.stride()[:axes], strict=True)]
+
+
+def _operands(p: Problem) -> Operands:
+    given = {}
+    for name, t in (("bias", p.bias), ("post", p.post)):
+        if t is not None:
+            t = row_dense(t)
+            given |= dict(zip((name, *(f"{name}_{axis}" for axis in "bhn")), (t, *_steps(t, 3)), strict=True))
+    if p.key_mask is not None:
+        mask = p.key_mask.contiguous().view(torch.uint8)
+        given |= dict(mask=mask, mask_b=mask.stride(0))
+    if p.pos_q is not None and not p.aligned:
+        for name, t in (("pos_q", p.pos_q), ("pos_k", p.pos_k)):
+            t = t.to(torch.int32).contiguous()
+            given |= {name: t, f"{name}_b": _steps(t, 1)[0]}
+    for name, t in (("phi_q", p.phi_q), ("phi_k", p.phi_k)):
+        if t is not None:
+            t = t.float().contiguous()
+            given |= {name: t, f"{name}_b": _steps(t, 1)[0]}
+    for name, t in (("table_a", p.table_a), ("table_b", p.table_b)):
+        if t is not None:
+            given[name] = t.float().contiguous()
+    for name, side in (("left", p.left), ("right", p.right)):
+        if side >= 0:
+            given[name] = side
+    return Operands(**given)
+
+
 class Call:
-    """Arguments that all kernels share, made ready."""
+    """What all kernels of a call share, made ready."""
 
-    tensors: list
-    strides: list
-    sizes: list
-    constants: dict
-
-    @classmethod
-    def of(cls, q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale) -> "Call":
-        mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        band = 0 if left < 0 and right < 0 else 1 if aligned else 2
-        places = [None, None] if band != 2 else [p.to(torch.int32).contiguous() for p in (pos_q, pos_k)]
-        steps = [0 if p is None or p.shape[0] == 1 else p.stride(0) for p in places]
-        bias_steps = [0, 0, 0]
-        if bias is not None:
-            bias_steps = [
-                0 if size == 1 else step for size, step in zip(bias.shape[:3], bias.stride()[:3], strict=True)
-            ]
-        dot, precision = _types(q)
-        return cls(
-            [q if t is None else t for t in (bias, mask, *places)],
-            [*bias_steps, 0 if mask is None else mask.stride(0), *steps],
-            [q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], left, right],
-            dict(
-                SCALE=scale, HAS_BIAS=bias is not None, HAS_MASK=mask is not None, BAND=band,
-                HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, BD=_pow2(q.shape[3]), BE=_pow2(v.shape[3]),
-                DOT=tk.DOT_TYPES[dot], PRECISION=precision,
-            ),
-        )  # fmt: skip
+    def __init__(self, p: Problem, sparse: Sparse | None = None) -> None:
+        self.q, self.k, self.v = (row_dense(t) for t in (p.q, p.k, p.v))
+        self.tensors = self.q, self.k, self.v
+        self.strides = tuple(t.stride()[:3] for t in self.tensors)
+        (b, h, n, d), (hk, m) = p.q.shape, p.k.shape[1:3]
+        e, rank = p.v.shape[3], None if p.phi_q is None else p.phi_q.shape[3]
+        self.batch, self.size = b, Sizes(h, hk, n, m, d, e, rank)
+        self.operands, self.sparse = _operands(p), sparse
+        self.problem = p
+        self.empty = 0 in (b, h, n, m)
 
     def tiles(self, kernel: str) -> Tiles:
-        dot = next(n for n, t in tk.DOT_TYPES.items() if t is self.constants["DOT"])
-        return tiles(kernel, _backend(), dot, self.sizes[4], self.sizes[5], _arch())
+        dot, _ = types_of(self.q)
+        p = self.problem
+        pairwise = any(t is not None for t in (p.bias, p.post, p.phi_q, p.table_a))
+        rich = pairwise or self.sparse is not None or (p.pos_q is not None and not p.aligned)
+        found = tiles(kernel, backend(), dot, self.size.d, self.size.e, compute_capability(), rich)
+        return (
+            found
+            if self.sparse is None
+            else replace(found, queries=self.sparse.queries, keys=self.sparse.keys)
+        )
 
-
-def _options(t: Tiles) -> dict:
-    return dict(BN=t.queries, BM=t.keys, num_warps=t.warps, num_stages=t.stages)
-
-
-def fwd(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale) -> tuple[Tensor, Tensor]:
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    bias = None if bias is None else _rows(bias)
-    b, h, n, _ = q.shape
-    m, e = k.shape[2], v.shape[3]
-    out, lse = _new(q, b, h, n, e, dtype=q.dtype), _new(q, b, h, n)
-    if 0 in (b, h, n, m):
-        return out.zero_(), lse.fill_(-torch.inf)
-    call = Call.of(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale)
-    t = call.tiles("fwd")
-    with _device(q):
-        tk.softmax_fwd_kernel[(b * h, triton.cdiv(n, t.queries))](
-            q, k, v, *call.tensors, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *call.strides,
-            *call.sizes, **call.constants, **_options(t),
+    def config(self, t: Tiles) -> Config:
+        p, (dot, precision) = self.problem, types_of(self.q)
+        band = 0 if p.left < 0 and p.right < 0 else 1 if p.aligned else 2
+        return Config(
+            p.scale, p.softcap, band, tuple(p.mod) or None, None if self.sparse is None else self.sparse.rule,
+            t.queries, t.keys, pow2(self.size.d), pow2(self.size.e), pow2(self.size.r or 1), tk.DOT_TYPES[dot], precision,
         )  # fmt: skip
-    return out, lse
+
+    def splits(self, t: Tiles) -> int:
+        """Over how many programs the keys of a tile of queries are spread."""
+        programs = self.batch * self.size.h * triton.cdiv(self.size.n, t.queries)
+        if self.sparse is not None or 2 * programs > SPLIT_PROGRAMS:
+            return 1
+        return max(1, min(SPLIT_PROGRAMS // programs, triton.cdiv(self.size.m, 4 * t.keys)))
+
+
+def fwd(p: Problem, sparse: Sparse | None = None) -> tuple[Tensor, Tensor]:
+    """O in the dtype of q and lse in float32."""
+    call = Call(p, sparse)
+    b, (h, _, n, m, _, e, _) = call.batch, call.size
+    if call.empty:
+        return _new(p.q, b, h, n, e, dtype=p.q.dtype).zero_(), _new(p.q, b, h, n).fill_(-torch.inf)
+    t = call.tiles("fwd")
+    splits = call.splits(t)
+    parts = () if splits == 1 else (splits,)
+    out = _new(p.q, *parts, b, h, n, e, dtype=p.q.dtype if splits == 1 else torch.float32)
+    lse = _new(p.q, *parts, b, h, n)
+    span = triton.cdiv(triton.cdiv(m, t.keys), splits) if parts else None
+    lists = None if sparse is None else sparse.rows
+    with on_device(p.q):
+        tk.softmax_fwd_kernel[(b * h, triton.cdiv(n, t.queries), splits)](
+            *call.tensors, out, lse, *call.strides, call.size, call.operands, lists, span,
+            C=call.config(t), num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    if parts:
+        out, lse = merge_lse(list(zip(out.unbind(0), lse.unbind(0), strict=True)))
+    return out.to(p.q.dtype), lse
+
+
+class Gradients(NamedTuple):
+    """Of q, k, v, both factors (per sample and head) and the bias (float32); None where not asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    phi_q: Tensor | None
+    phi_k: Tensor | None
+    bias: Tensor | None
 
 
 def bwd(
-    q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, want_bias
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-    bias = None if bias is None else _rows(bias)
-    (b, h, n, d), hk, m, e = q.shape, k.shape[1], k.shape[2], v.shape[3]
+    p: Problem, lse: Tensor, do: Tensor, delta: Tensor, want_bias: bool, sparse: Sparse | None = None
+) -> Gradients:
+    """``want_bias`` asks for the kernel of the bias gradient."""
+    call = Call(p, sparse)
+    b, (h, hk, n, m, d, e, r) = call.batch, call.size
     grouped = h != hk
-    part = torch.float32 if grouped else q.dtype
+    part = torch.float32 if grouped else p.q.dtype
     dq, dk, dv = (
-        _new(q, b, h, n, d, dtype=q.dtype),
-        _new(q, b, h, m, d, dtype=part),
-        _new(q, b, h, m, e, dtype=part),
+        _new(p.q, b, h, n, d, dtype=p.q.dtype),
+        _new(p.q, b, h, m, d, dtype=part),
+        _new(p.q, b, h, m, e, dtype=part),
     )
-    db = _new(q, *bias.shape) if want_bias else _new(q, 0)
-    if 0 in (b, h, n, m):
-        return dq.zero_(), k.new_zeros(k.shape), v.new_zeros(v.shape), db.zero_()
-    call = Call.of(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale)
+    dphi = (None, None) if r is None else (_new(p.q, b, h, n, r), _new(p.q, b, h, m, r))
+    db = _new(p.q, *p.bias.shape) if want_bias else None
+    if call.empty:
+        zeros = [None if t is None else t.zero_() for t in (dq, *dphi, db)]
+        return Gradients(zeros[0], torch.zeros_like(p.k), torch.zeros_like(p.v), *zeros[1:])
+    do = row_dense(do)
     shared = (do, lse.contiguous(), delta.contiguous())
-    steps = [s for t in (q, k, v, do) for s in t.stride()[:3]]
-    with _device(q):
+    strides = (*call.strides, do.stride()[:3])
+    lists = (None, None) if sparse is None else (sparse.rows, sparse.columns)
+    with on_device(p.q):
         t = call.tiles("bwd_dkdv")
         tk.softmax_bwd_dkdv_kernel[(b * h, triton.cdiv(m, t.keys))](
-            q, k, v, *call.tensors, *shared, dk, dv, *steps, *call.strides, *call.sizes, **call.constants, **_options(t),
+            *call.tensors, *shared, dk, dv, dphi[1], *strides, call.size, call.operands, lists[1],
+            C=call.config(t), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         t = call.tiles("bwd_dq")
         tk.softmax_bwd_dq_kernel[(b * h, triton.cdiv(n, t.queries))](
-            q, k, v, *call.tensors, *shared, dq, *steps, *call.strides, *call.sizes, **call.constants, **_options(t),
+            *call.tensors, *shared, dq, dphi[0], *strides, call.size, call.operands, lists[0],
+            C=call.config(t), num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         if want_bias:
             t = call.tiles("bwd_dbias")
-            rows = bias.shape[2] > 1 or n == 1
-            grid = (
-                bias.shape[0] * bias.shape[1],
-                triton.cdiv(m, t.keys),
-                triton.cdiv(n, t.queries) if rows else 1,
-            )
-            tk.softmax_bwd_dbias_kernel[grid](
-                q, k, v, *call.tensors, *shared, db, *steps, *call.strides, b, *call.sizes, *bias.shape[:2],
-                ROWS=rows, **call.constants, **_options(t),
+            rows = p.bias.shape[2] > 1 or n == 1
+            own = p.bias.shape[:2]
+            tk.softmax_bwd_dbias_kernel[(own.numel(), triton.cdiv(m, t.keys), triton.cdiv(n, t.queries) if rows else 1)](
+                *call.tensors, *shared, db, *strides, call.size, call.operands, b, *own,
+                ROWS=rows, C=call.config(t), num_warps=t.warps, num_stages=t.stages,
             )  # fmt: skip
     if grouped:
         dk, dv = (g.unflatten(1, (hk, h // hk)).sum(2) for g in (dk, dv))
-    return dq, dk.to(k.dtype), dv.to(v.dtype), db
-
-
-def bias_kernel(dtype: str, d: int, e: int, backend: str | None = None) -> bool:
-    """Whether the kernel for the bias gradient fits: not with wide float32 heads, nor in AMD's scalar registers."""
-    return (backend or _backend()) == "cuda" and (dtype != "float32" or max(d, e) <= 64)
-
-
-GATE_BATCH, GATE_HEADS, GATE_LENGTH = 8, 16, 4096
-_SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-
-
-def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
-    """Each kernel plain, causal with key mask, and with a bias and given positions."""
-    dot, precision = dot_types(dtype, target.backend)
-    data, item = _SHORT[dtype], 4 if dtype == "float32" else 2
-    pairs = float(GATE_BATCH * GATE_HEADS * GATE_LENGTH * GATE_LENGTH)
-    moved = float(GATE_BATCH * GATE_HEADS * GATE_LENGTH * dim * item)
-    shape = f"B{GATE_BATCH} H{GATE_HEADS} N{GATE_LENGTH} D{dim}"
-    variants = (
-        ("plain", dict(HAS_BIAS=False, HAS_MASK=False, BAND=0, HAS_LEFT=False, HAS_RIGHT=False), 1.0),
-        ("causal+mask", dict(HAS_BIAS=False, HAS_MASK=True, BAND=1, HAS_LEFT=False, HAS_RIGHT=True), 0.5),
-        ("bias+positions", dict(HAS_BIAS=True, HAS_MASK=True, BAND=2, HAS_LEFT=True, HAS_RIGHT=True), 1.0),
-    )
-    kernels = (
-        (tk.softmax_fwd_kernel, "fwd", {"O": data}, 2),
-        (tk.softmax_bwd_dkdv_kernel, "bwd_dkdv", {"DK": data, "DV": data}, 4),
-        (tk.softmax_bwd_dq_kernel, "bwd_dq", {"DQ": data}, 3),
-        (tk.softmax_bwd_dbias_kernel, "bwd_dbias", {"DB": "fp32"}, 2),
-    )
-    for kernel, name, outputs, products in kernels:
-        for variant, flags, share in variants:
-            if name == "bwd_dbias" and not (flags["HAS_BIAS"] and bias_kernel(dot, dim, dim, target.backend)):
-                continue
-            arch = target.arch if isinstance(target.arch, int) else 90
-            t = tiles(name, target.backend, dot, dim, dim, arch)
-            consts = dict(
-                flags, SCALE=dim**-0.5, BN=t.queries, BM=t.keys, BD=_pow2(dim), BE=_pow2(dim),
-                DOT=tk.DOT_TYPES[dot], PRECISION=precision,
-            )  # fmt: skip
-            pointers = {n: data for n in ("Q", "K", "V", "DO")} | {n: "fp32" for n in ("LSE", "DELTA")}
-            pointers |= {"BIAS": data, "MASK": "u8", "POSQ": "i32", "POSK": "i32", **outputs}
-            pointers = {n: t for n, t in pointers.items() if n in kernel.arg_names}
-            for rows in (True, False) if name == "bwd_dbias" else (None,):
-                yield GateCase(
-                    kernel,
-                    variant if rows is None else f"{variant} {'rows' if rows else 'keys'}",
-                    pointers,
-                    consts if rows is None else {**consts, "ROWS": rows},
-                    t.warps,
-                    t.stages,
-                    True,
-                    Cost(2.0 * pairs * dim * products * share, moved * 4),
-                    shape,
-                    unaligned=(
-                        "N",
-                        "M",
-                        "H",
-                        "HK",
-                        "B",
-                        "BB",
-                        "BH",
-                        "left",
-                        "right",
-                        "smb",
-                        "spq",
-                        "spk",
-                        "sbn",
-                    ),
-                )
+    return Gradients(dq, dk.to(p.k.dtype), dv.to(p.v.dtype), *dphi, db)

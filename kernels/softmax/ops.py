@@ -1,133 +1,145 @@
 """Registered operators ``zoo::softmax_fwd`` and ``zoo::softmax_bwd``; torch only, Triton inside.
 
 Opaque to torch.compile. A backward that runs under ``create_graph=True`` recomputes the attention from differentiable torch functions: second
-derivatives are exact, at the price of the explicit path. ``left`` and ``right`` are -1 where the window has no limit.
+derivatives are exact, at the price of the explicit path. ``left`` and ``right`` are -1 where the window has no limit, ``softcap`` 0 and ``mod`` empty
+where there is none. Gradients that no kernel computes (tables of score mods; the bias where its kernel does not fit) come from torch, a block of rows at a time.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.softmax import reference
+from kernels.softmax.torch import BLOCK_ELEMENTS, Mod, _block, _visible
 
-@torch.library.custom_op("zoo::softmax_fwd", mutates_args=())
-def softmax_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    pos_q: Tensor | None,
-    pos_k: Tensor | None,
-    left: int,
-    right: int,
-    aligned: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? phi_q, Tensor? phi_k, Tensor? table_a, Tensor? table_b, Tensor? post, "
+    "Tensor? key_mask, Tensor? pos_q, Tensor? pos_k, int left, int right, bool aligned, float scale, float softcap, int[] mod"
+)
+# q ... table_b may have gradients.
+_LEAVES = 8
+
+
+@torch.library.custom_op("zoo::softmax_fwd", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)")
+def softmax_fwd(*call: Any) -> tuple[Tensor, Tensor]:
     """O [B, H, N, E] in the dtype of q and lse [B, H, N] in float32."""
     from kernels.softmax import launch
 
-    return launch.fwd(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale)
+    return launch.fwd(launch.Problem(*call))
 
 
 @softmax_fwd.register_fake
-def _(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale):
+def _(q, k, v, *rest):
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("zoo::softmax_bwd", mutates_args=())
-def softmax_bwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    pos_q: Tensor | None,
-    pos_k: Tensor | None,
-    left: int,
-    right: int,
-    aligned: bool,
-    scale: float,
-    lse: Tensor,
-    do: Tensor,
-    delta: Tensor,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and bias (empty if not wanted; float32)."""
+@torch.library.custom_op(
+    "zoo::softmax_bwd",
+    mutates_args=(),
+    schema=f"({_CALL}, Tensor lse, Tensor do, Tensor delta, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def softmax_bwd(*call: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, the factors (per sample and head) and the bias; the last three are float32, empty where there are none."""
     from kernels.softmax import launch
 
-    return launch.bwd(
-        q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, want_bias
-    )
+    found = launch.bwd(launch.Problem(*call[:-4]), *call[-4:])
+    return tuple(call[0].new_empty(0, dtype=torch.float32) if g is None else g for g in found)
 
 
 @softmax_bwd.register_fake
-def _(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, want_bias):
-    dense = lambda t: t.new_empty(t.shape)  # noqa: E731
-    db = q.new_empty(bias.shape if want_bias else (0,), dtype=torch.float32)
-    return dense(q), dense(k), dense(v), db
+def _(q, k, v, bias, phi_q, phi_k, *rest):
+    single = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    factors = [single(0) if f is None else single(*q.shape[:2], *f.shape[2:]) for f in (phi_q, phi_k)]
+    db = single(*bias.shape) if rest[-1] else single(0)
+    return *(t.new_empty(t.shape) for t in (q, k, v)), *factors, db
 
 
-def _again(q, k, v, bias, key_mask, pos_q, pos_k, left, right, scale):
-    """The same outputs in differentiable operations."""
-    from kernels.softmax import reference
-    from kernels.softmax.torch import _visible
-
+def _some_rows(call: tuple, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Output and lse of queries ``start ... stop`` in differentiable operations."""
+    q, k, v, bias, phi_q, phi_k, a, b, post, key_mask, pos_q, pos_k, left, right, _, scale, softcap, mod = (
+        call
+    )
     if key_mask is not None:
         k, v = (t.masked_fill(~key_mask[:, None, :, None], 0.0) for t in (k, v))
+    m = k.shape[2]
     window = (None if left < 0 else left, None if right < 0 else right)
     banded = left >= 0 or right >= 0
-    n, m = q.shape[2], k.shape[2]
     visible = None
     if key_mask is not None or banded:
-        visible = _visible(key_mask, pos_q if banded else None, pos_k, window, 0, n, 0, m)
-    bias = None if bias is None else bias.float()
-    out, lse = reference.attention(q.float(), k.float(), v.float(), visible=visible, bias=bias, scale=scale)
+        visible = _visible(key_mask, pos_q if banded else None, pos_k, window, start, stop, 0, m)
+    added = [] if bias is None else [_block(bias, start, stop, 0, m).float()]
+    if phi_q is not None:
+        added.append(phi_q[:, :, start:stop].float() @ phi_k.float().mT)
+    if mod:
+        tables = tuple(t for t in (a, b) if t is not None)
+        added.append(Mod(tuple(mod), tables, pos_q, pos_k).block(start, stop, 0, m))
+    out, lse = reference.attention(
+        q[:, :, start:stop].float(), k.float(), v.float(), visible=visible, bias=sum(added[1:], added[0]) if added else None,
+        scale=scale, softcap=softcap or None, post=None if post is None else _block(post, start, stop, 0, m),
+    )  # fmt: skip
     return out.to(q.dtype), lse
 
 
+def _by_rows(call: tuple, wanted: list[int], do: Tensor, dlse: Tensor) -> list[Tensor]:
+    """Gradients of some inputs without a matrix of N x M."""
+    batch, heads, n = call[0].shape[:3]
+    rows = max(1, min(n, BLOCK_ELEMENTS // max(1, batch * heads * call[1].shape[2])))
+    call = [t.detach() if isinstance(t, Tensor) else t for t in call]
+    for i in wanted:
+        call[i].requires_grad_()
+    total = [torch.zeros_like(call[i]) for i in wanted]
+    with torch.enable_grad():
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            found = _some_rows(tuple(call), start, min(start + rows, n))
+            grads = torch.autograd.grad(found, [call[i] for i in wanted], [do[:, :, part], dlse[:, :, part]])
+            total = [t + g for t, g in zip(total, grads, strict=True)]
+    return total
+
+
 def _bias_kernel(q: Tensor, v: Tensor) -> bool:
-    """Elsewhere the bias gradient comes from torch, with a matrix of N x M."""
     from kernels.softmax import launch
 
     return launch.bias_kernel(str(q.dtype)[6:], q.shape[-1], v.shape[-1])
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, bias, key_mask, pos_q, pos_k, out, lse)
-    ctx.options = (left, right, aligned, scale)
+    ctx.save_for_backward(*inputs[:12], *output)
+    ctx.options = inputs[12:]
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, bias, key_mask, pos_q, pos_k, out, lse = ctx.saved_tensors
-    left, right, aligned, scale = ctx.options
-    rest = (None,) * 7
+    *tensors, out, lse = ctx.saved_tensors
+    call = (*tensors, *ctx.options)
+    rest = (None,) * (len(call) - _LEAVES)
+    # Rows without a key have no gradient, whatever arrives for their lse.
+    dlse = dlse.float().masked_fill(lse == -torch.inf, 0.0)
+    needed = [t is not None and need for t, need in zip(call, ctx.needs_input_grad[:_LEAVES], strict=False)]
     if torch.is_grad_enabled():
         # Aliases cut paths between the inputs: k may itself be a function of q.
-        alias = [None if t is None else t.view_as(t) for t in (q, k, v, bias)]
-        wanted = [i for i, t in enumerate(alias) if t is not None and t.requires_grad]
+        call = [t.view_as(t) if isinstance(t, Tensor) else t for t in call]
+        wanted = [i for i, need in enumerate(needed) if need]
         found = torch.autograd.grad(
-            _again(*alias, key_mask, pos_q, pos_k, left, right, scale), [alias[i] for i in wanted],
-            [do, dlse.masked_fill(lse == -torch.inf, 0.0)], create_graph=True, allow_unused=True,
+            _some_rows(tuple(call), 0, call[0].shape[2]), [call[i] for i in wanted], [do, dlse], create_graph=True, allow_unused=True
         )  # fmt: skip
-        grads = [None] * 4
+        grads: list[Tensor | None] = [None] * _LEAVES
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
         return *grads, *rest
-    # Rows without a key have no gradient, whatever arrives for their lse.
-    dlse = dlse.float().masked_fill(lse == -torch.inf, 0.0)
     delta = (do.float() * out.float()).sum(-1) - dlse
-    want_bias = bias is not None and ctx.needs_input_grad[3]
-    kernel = want_bias and _bias_kernel(q, v)
-    dq, dk, dv, db = softmax_bwd(
-        q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, scale, lse, do, delta, kernel
-    )
-    if want_bias and not kernel:
-        with torch.enable_grad():
-            leaf = bias.detach().requires_grad_()
-            found = _again(*(t.detach() for t in (q, k, v)), leaf, key_mask, pos_q, pos_k, left, right, scale)
-            (db,) = torch.autograd.grad(found, leaf, [do, dlse])
-    return dq, dk, dv, db.to(bias.dtype) if want_bias else None, *rest
+    q = call[0]
+    kernel = needed[3] and _bias_kernel(q, call[2])
+    grads = list(softmax_bwd(*call, lse, do, delta, kernel))
+    grads = [*grads[:3], grads[5] if kernel else None, *grads[3:5], None, None]
+    for i in (4, 5):
+        grads[i] = grads[i].sum_to_size(call[i].shape) if needed[i] else None
+    others = [i for i in (3, 6, 7) if needed[i] and grads[i] is None]
+    if others and 0 not in (*q.shape[:3], call[1].shape[2]):
+        for i, g in zip(others, _by_rows(call, others, do, dlse), strict=True):
+            grads[i] = g
+    grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, call, strict=False)]
+    return *grads, *rest
 
 
 softmax_fwd.register_autograd(_backward, setup_context=_setup)
@@ -145,6 +157,10 @@ def attention(
     aligned: bool,
     window: tuple[int | None, int | None],
     scale: float,
+    softcap: float | None,
+    factors: tuple[Tensor, Tensor] | None,
+    mod: Mod | None,
+    post: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Through the registered operators; see ``kernels.softmax.attention``."""
     left, right = (-1 if side is None else side for side in window)
@@ -152,6 +168,19 @@ def attention(
         # NaN or infinity in a masked row would survive a weight of zero.
         drop = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
-    if bias is not None and bias.shape[3] == 1:
-        bias = bias.expand(*bias.shape[:3], k.shape[2])
-    return softmax_fwd(q, k, v, bias, key_mask, pos_q, pos_k, left, right, aligned, float(scale))
+    wide = lambda t: t.expand(*t.shape[:3], k.shape[2]) if t is not None and t.shape[3] == 1 else t  # noqa: E731
+    tables: tuple[Tensor | None, ...] = (None, None)
+    if mod is not None:
+        tables, pos_q, pos_k = (*mod.tables, None)[:2], mod.pos_q, mod.pos_k
+    b, h, n, d = q.shape
+    hk = k.shape[1]
+    # One query (decoding): the heads of a group become its rows, so that they share the reads of their keys.
+    packed = n == 1 and h != hk and left < 0 and (right < 0 or aligned)
+    packed = packed and bias is None and post is None and factors is None and mod is None
+    if packed:
+        q, right, pos_q, pos_k = q.reshape(b, hk, h // hk, d), -1, None, None
+    out, lse = softmax_fwd(
+        q, k, v, wide(bias), *(factors or (None, None)), *tables, wide(post), key_mask, pos_q, pos_k,
+        left, right, aligned, float(scale), float(softcap or 0.0), list(mod.code) if mod is not None else [],
+    )  # fmt: skip
+    return (out.reshape(b, h, 1, -1), lse.reshape(b, h, 1)) if packed else (out, lse)

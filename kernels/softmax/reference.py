@@ -40,9 +40,10 @@ def attention(
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
-    skip: "Skip | None" = None,
+    skip: Skip | None = None,
+    post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``O = softmax(scale q k^T + bias) v`` over visible keys and ``lse = log sum_j exp(S_ij)``.
+    """``O = (w softmax(scale q k^T + bias)) v`` over visible keys and ``lse = log sum_j exp(S_ij)``.
 
     Args:
         q: [B, H, N, D].
@@ -54,6 +55,7 @@ def attention(
         dropout: Probability of zeroing a weight.
         softcap: Scores become ``softcap tanh(scores / softcap)`` before the bias.
         skip: Threshold and tile sizes of BLASST's rule.
+        post: Factor w of the weights, broadcastable to [B, H, N, M].
 
     Returns:
         [B, H, N, E] and [B, H, N].
@@ -76,6 +78,8 @@ def attention(
     if scores.shape[-1] == 0:
         return v.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * q.sum(), q.new_full(q.shape[:3], -torch.inf)
     weights = scores.softmax(-1).masked_fill(~some, 0.0)
+    if post is not None:
+        weights = weights * post
     if dropout:
         weights = torch.nn.functional.dropout(weights, dropout)
     return weights @ v, scores.logsumexp(-1).masked_fill(~some[..., 0], -torch.inf)

@@ -1,20 +1,39 @@
 """Softmax attention on PyTorch's own kernels, cut into row blocks so that no [N, M] matrix of a long sequence exists.
 
 SDPA serves first-order gradients. It has no double backward and no forward mode on CPU, and no differentiable log-sum-exp:
-those calls take explicit softmax over row blocks, each block recomputed in the backward when there is more than one.
+those calls take explicit softmax over row blocks, each block recomputed in the backward when there is more than one. A low-rank bias
+becomes channels of q and k, score mods are built block by block, and windows run as a batch of overlapping blocks.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.softmax import reference
+from kernels._common.checks import work_dtype
+from kernels.softmax import mods, reference
 
 # Elements of one block of scores (or of a mask handed to SDPA): 2^24 floats are 64 MiB.
 BLOCK_ELEMENTS = 1 << 24
 # Where `_tiny` was measured to be faster than SDPA, forward and backward together (1.2 to 2 times).
 TINY_KEYS, TINY_QUERIES, TINY_SEQUENCES = 24, 64, 256
+# Windows over longer sequences run as one batch of blocks of at least so many queries.
+WINDOW_TOKENS, WINDOW_ROWS = 256, 64
+
+
+class Mod(NamedTuple):
+    """A score mod and the positions [B|1, N] and [B|1, M] that it reads."""
+
+    code: tuple[int, ...]
+    tables: tuple[Tensor, ...]
+    pos_q: Tensor
+    pos_k: Tensor
+
+    def block(self, start: int, stop: int, lo: int, hi: int) -> Tensor:
+        places = self.pos_q[:, start:stop], self.pos_k[:, lo:hi]
+        return mods.block(self.code, self.tables, slice(start, stop), *places)
 
 
 def attention(
@@ -34,6 +53,9 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     skip: reference.Skip | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+    mod: Mod | None = None,
+    post: Tensor | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns O [B, H, N, E] and the log-sum-exp [B, H, N] or None.
@@ -48,51 +70,106 @@ def attention(
         # NaN or infinity in a masked value row would survive a weight of zero.
         drop = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
-    explicit = explicit or want_lse or softcap is not None or skip is not None
+    explicit = explicit or want_lse or softcap is not None or skip is not None or post is not None
     if n == 0 or m == 0 or batch == 0:
         return reference.attention(q, k, v, visible=None, bias=None, scale=scale)
-    plain = not explicit and bias is None and key_mask is None and dropout == 0.0 and group == 1
-    few = m <= TINY_KEYS and n <= TINY_QUERIES and batch * heads >= TINY_SEQUENCES
+    if factors is not None and softcap is None:
+        dtype, (q, k, v) = q.dtype, _with_factors(q, k, v, factors, scale)
+        out, lse = attention(
+            q, k, v, key_mask=key_mask, bias=bias, pos_q=pos_q, pos_k=pos_k, aligned=aligned, window=window, scale=1.0,
+            want_lse=want_lse, explicit=explicit, dropout=dropout, skip=skip, mod=mod, post=post, block_elements=block_elements,
+        )  # fmt: skip
+        return out.to(dtype), lse
+    plain = not explicit and bias is None and mod is None and key_mask is None and dropout == 0.0
+    free = torch.compiler.is_exporting()  # the batch is no number then, and nothing may depend on it
+    few = not free and m <= TINY_KEYS and n <= TINY_QUERIES and batch * heads >= TINY_SEQUENCES and group == 1
     if plain and few and q.dtype == torch.float32 and q.device.type == "cpu":
         if pos_q is None or (aligned and window == (None, 0)):
             return _tiny(q, k, v, scale, causal=pos_q is not None), None
-    plain_causal = aligned and bias is None and key_mask is None and n == m and window == (None, 0)
-    if not explicit and (pos_q is None or plain_causal) and (bias is None and key_mask is None):
+    plain_causal = aligned and n == m and window == (None, 0)
+    if not explicit and bias is None and mod is None and key_mask is None and (pos_q is None or plain_causal):
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=plain_causal, scale=scale, enable_gqa=group > 1
         )
         return out, None
+    if plain and aligned and None not in window and n == m > WINDOW_TOKENS:
+        return _windowed(q, k, v, *window, scale), None
     # SDPA gets a mask per block; the explicit path holds a block of scores of every head.
-    needs_rows = pos_q is not None or (bias is not None and bias.shape[-2] > 1)
-    width = batch * heads if explicit or (bias is not None) else batch
-    rows = n if not (explicit or needs_rows) else max(1, min(n, block_elements // max(1, width * m)))
+    pairwise = (
+        mod is not None or factors is not None or any(t is not None and t.shape[-2] > 1 for t in (bias, post))
+    )
+    width = batch * heads if explicit or bias is not None or mod is not None else batch
+    whole = free or not (explicit or pos_q is not None or pairwise)
+    rows = n if whole else max(1, min(n, block_elements // (width * m)))
     if skip is not None and rows < n:  # blocks of whole tiles
         rows = max(skip.rows, rows // skip.rows * skip.rows)
     if aligned and pos_q is not None and (window[0] is not None) and n > 256 and skip is None:
         rows = min(rows, max(64, window[0] + (window[1] or 0)))
     outs, lses = [], []
-    for start in range(0, n, rows):
+    for start in (0,) if rows is n else range(0, n, rows):  # a free length has no range
         stop = min(start + rows, n)
         lo, hi = 0, m
         if aligned and pos_q is not None and skip is None:
             shift = m - n
             lo = 0 if window[0] is None else min(max(start + shift - window[0], 0), m - 1)
             hi = m if window[1] is None else min(max(stop + shift + window[1], lo + 1), m)
-        visible = _visible(key_mask, pos_q, pos_k, window, start, stop, lo, hi)
-        part = None if bias is None else _block(bias, start, stop, lo, hi)
-        call = _explicit if explicit else _sdpa
-        args = (q[:, :, start:stop], k[:, :, lo:hi], v[:, :, lo:hi], visible, part, scale, dropout)
-        if explicit:
-            args = (*args, softcap, skip)
-        if explicit and rows < n and torch.is_grad_enabled():
-            out, lse = checkpoint(call, *args, use_reentrant=False)
-        else:
-            out, lse = call(*args)
+
+        def call(q, k, v, start=start, stop=stop, lo=lo, hi=hi):
+            visible = _visible(key_mask, pos_q, pos_k, window, start, stop, lo, hi)
+            added = [] if bias is None else [_block(bias, start, stop, lo, hi)]
+            if mod is not None:
+                added.append(mod.block(start, stop, lo, hi))
+            if factors is not None:
+                wide = work_dtype(q.dtype)
+                added.append(factors[0][:, :, start:stop].to(wide) @ factors[1][:, :, lo:hi].to(wide).mT)
+            part = sum(added[1:], added[0]) if added else None
+            if not explicit:
+                return _sdpa(q, k, v, visible, part, scale, dropout)
+            after = None if post is None else _block(post, start, stop, lo, hi)
+            return _explicit(q, k, v, visible, part, scale, dropout, softcap, skip, after)
+
+        args = (q[:, :, start:stop], k[:, :, lo:hi], v[:, :, lo:hi])
+        # Masks that SDPA keeps for its backward are small in a band; elsewhere they would add up to N x M.
+        again = rows < n and torch.is_grad_enabled() and (explicit or n * (hi - lo) * width > block_elements)
+        out, lse = checkpoint(call, *args, use_reentrant=False) if again else call(*args)
         outs.append(out)
         lses.append(lse)
     if len(outs) == 1:
         return outs[0], lses[0]
     return torch.cat(outs, 2), torch.cat(lses, 2) if explicit else None
+
+
+def _with_factors(
+    q: Tensor, k: Tensor, v: Tensor, factors: tuple[Tensor, Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[scale q | phi_q] and [k | phi_k]: in float32 at least, because factors that hold places lose their units digit below."""
+    if q.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    phi_q, phi_k = (f.to(q.dtype).expand(q.shape[0], -1, -1, -1) for f in factors)
+    return torch.cat((q * scale, phi_q), -1), torch.cat((k, phi_k), -1), v
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float) -> Tensor:
+    """Self-attention within ``i - left ... i + right``: blocks of queries, each with a view of the keys in reach, as one batch."""
+    batch, heads, n, _ = q.shape
+    rows = max(WINDOW_ROWS, (left + right) // 2)
+    blocks = -(-n // rows)
+    span = rows + left + right
+    group = heads // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
+    q = F.pad(q, (0, 0, 0, blocks * rows - n)).reshape(batch * heads, blocks, rows, -1)
+    k, v = (
+        F.pad(t, (0, 0, left, blocks * rows - n + right)).flatten(0, 1).unfold(1, span, rows).mT
+        for t in (k, v)
+    )
+    row, key = torch.arange(rows, device=q.device)[:, None], torch.arange(span, device=q.device)
+    token = torch.arange(blocks, device=q.device)[:, None, None] * rows + key - left
+    own = key == row + left  # kept even past the end, so that no row is empty
+    seen = (key >= row) & (key <= row + left + right) & ((token >= 0) & (token < n) | own)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None], scale=scale)
+    return out.reshape(batch, heads, blocks * rows, -1)[:, :, :n]
 
 
 def _tiny(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
@@ -168,12 +245,22 @@ def _explicit(
     dropout: float,
     softcap: float | None = None,
     skip: reference.Skip | None = None,
+    post: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
         bias = None if bias is None else bias.float()
     out, lse = reference.attention(
-        q, k, v, visible=visible, bias=bias, scale=scale, dropout=dropout, softcap=softcap, skip=skip
+        q,
+        k,
+        v,
+        visible=visible,
+        bias=bias,
+        scale=scale,
+        dropout=dropout,
+        softcap=softcap,
+        skip=skip,
+        post=post,
     )
     return out.to(dtype), lse

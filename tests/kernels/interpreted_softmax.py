@@ -8,11 +8,12 @@ import os
 import pytest
 import torch
 
+from kernels import softmax
 from kernels.softmax import attention, launch, ops
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_softmax.py"
 
-# name: (queries, keys, D, E, heads, key heads, options); bias is a shape with None for "as wide as the scores".
+# name: (queries, keys, D, E, heads, key heads, options); bias and post are shapes, factors the batch sizes and the rank, mod a class, the shapes of its tables and its options.
 CASES = {
     "plain": (7, 65, 8, 20, 2, 2, {}),
     "grouped-mask": (33, 40, 20, 8, 4, 2, {"mask": True}),
@@ -27,6 +28,40 @@ CASES = {
     "bias-heads": (5, 35, 16, 8, 2, 2, {"bias": (1, 2, 1, 1)}),
     "bias-rows": (5, 35, 16, 8, 2, 2, {"bias": (1, 1, 5, 1)}),
     "one": (1, 130, 64, 64, 1, 1, {"bias": (1, 1, 1, 130)}),
+    "one-packed": (1, 70, 8, 8, 4, 2, {"causal": True, "mask": True}),
+    "cap-factors": (33, 20, 8, 8, 2, 1, {"softcap": 1.5, "factors": (1, 2, 3), "mask": True}),
+    "factors-bias": (9, 20, 8, 8, 2, 2, {"factors": (2, 1, 17), "bias": (1, 2, 9, 20), "causal": True}),
+    "post": (20, 33, 8, 8, 2, 2, {"post": (1, 2, 20, 33), "causal": True}),
+    "alibi": (9, 20, 8, 8, 2, 2, {"mod": (softmax.Alibi, [(2,)], {})}),
+    "table": (
+        9,
+        20,
+        8,
+        8,
+        2,
+        2,
+        {"mod": (softmax.RelativeTable, [(2, 9)], {}), "causal": True, "positions": True},
+    ),
+    "table2d": (
+        22,
+        22,
+        8,
+        8,
+        2,
+        2,
+        {"mod": (softmax.RelativeTable2d, [(2, 7, 9)], {"prefix": 2}), "mask": True},
+    ),
+    "row-column": (9, 20, 8, 8, 2, 1, {"mod": (softmax.RowColumn, [(2, 2, 9, 4), (2, 2, 9, 5)], {})}),
+    "polyline": (22, 22, 8, 8, 2, 2, {"mod": (softmax.Polyline, [(2, 2, 4, 5)] * 2, {"prefix": 2})}),
+    "polyline-columns": (
+        20,
+        20,
+        8,
+        8,
+        2,
+        2,
+        {"mod": (softmax.Polyline, [(2, 2, 4, 5)] * 2, {"column_first": True})},
+    ),
 }
 
 
@@ -45,39 +80,59 @@ def inputs(case):
     n, m, d, e, h, hk, extra = CASES[case]
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
-    leaves = [new(2, h, n, d), new(2, hk, m, d), new(2, hk, m, e)]
-    options = {k: v for k, v in extra.items() if k in ("causal", "window")}
+    leaves = {"q": new(2, h, n, d), "k": new(2, hk, m, d), "v": new(2, hk, m, e)}
+    options = {k: v for k, v in extra.items() if k in ("causal", "window", "softcap")}
     if extra.get("positions"):
         options["positions"] = torch.randint(-1, m, (2, n), generator=gen)
     if extra.get("mask"):
         options["key_mask"] = torch.rand(2, m, generator=gen) > 0.3
         options["key_mask"][-1] = False
     if "bias" in extra:
-        leaves.append(new(*extra["bias"]))
+        leaves["bias"] = new(*extra["bias"])
+    if "factors" in extra:
+        bq, bk, rank = extra["factors"]
+        leaves |= {"phi_q": new(bq, h, n, rank), "phi_k": new(bk, h, m, rank)}
+    if "mod" in extra:
+        leaves |= {f"table{i}": -new(*shape).abs() for i, shape in enumerate(extra["mod"][1])}
+    if "post" in extra:
+        options["post_mask"] = torch.rand(*extra["post"], generator=gen, dtype=torch.float64)
     return leaves, options, new(2, h, n, e), new(2, h, n)
 
 
-def run(leaves, options, weight, lse_weight, impl, dtype):
-    leaves = [t.to(dtype).requires_grad_() for t in leaves]
-    bias = leaves[3] if len(leaves) > 3 else None
-    out, lse = attention(*leaves[:3], bias=bias, return_lse=True, impl=impl, **options)
+def run(case, leaves, options, weight, lse_weight, impl, dtype):
+    """Output, lse and the gradient of each input, in float64."""
+    leaves = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
+    given = dict(options)
+    if "post_mask" in given:
+        given["post_mask"] = given["post_mask"].to(dtype)
+    if "phi_q" in leaves:
+        given["factors"] = leaves["phi_q"], leaves["phi_k"]
+    if "mod" in CASES[case][-1]:
+        mod, shapes, more = CASES[case][-1]["mod"]
+        given["score_mod"] = mod(*(leaves[f"table{i}"] for i in range(len(shapes))), **more)
+    q, k, v = (leaves[name] for name in "qkv")
+    out, lse = attention(q, k, v, bias=leaves.get("bias"), return_lse=True, impl=impl, **given)
     assert out.dtype == dtype
     empty = lse == -torch.inf
     loss = (out.double() * weight).sum() + (lse.double().masked_fill(empty, 0.0) * lse_weight).sum()
-    grads = torch.autograd.grad(loss, leaves)
-    return [out.double(), lse.double().masked_fill(empty, -1e3), *(g.double() for g in grads)]
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    found = {"out": out.double(), "lse": lse.double().masked_fill(empty, -1e3)}
+    return found | {f"d{name}": g.double() for name, g in zip(leaves, grads, strict=True)}
 
 
 def compare(case, dtype):
     leaves, options, weight, lse_weight = inputs(case)
-    leaves = [t.to(dtype).double() for t in leaves]  # the reference sees the same rounded numbers
-    want = run(leaves, options, weight, lse_weight, "reference", torch.float64)
-    have = run(leaves, options, weight, lse_weight, "triton", dtype)
-    low = run(leaves, options, weight, lse_weight, "torch", dtype)
+    leaves = {
+        name: t.to(dtype).double() for name, t in leaves.items()
+    }  # the reference sees the same rounded numbers
+    want = run(case, leaves, options, weight, lse_weight, "reference", torch.float64)
+    have = run(case, leaves, options, weight, lse_weight, "triton", dtype)
+    low = run(case, leaves, options, weight, lse_weight, "torch", dtype)
     # Band: twice the error of the torch path plus roundings of the largest entry; the kernels round P and dS to the input type.
     band = (24 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv", "dbias"), have, want, low, strict=False):
-        error, limit = (a - b).abs().max(), 2 * (c - b).abs().max() + band * (b.abs().max() + 1e-3)
+    for name, exact in want.items():
+        error = (have[name] - exact).abs().max()
+        limit = 2 * (low[name] - exact).abs().max() + band * (exact.abs().max() + 1e-3)
         assert error <= limit, f"{case} {name}: {error:.2e} > {limit:.2e}"
 
 
@@ -95,6 +150,7 @@ def test_values_and_gradients_half(case, dtype):
 @pytest.mark.parametrize("case", ["bias-shared", "bias-keys", "bias-rows"])
 def test_bias_gradient_without_its_kernel(case, monkeypatch):
     monkeypatch.setattr(launch, "bias_kernel", lambda *a: False)
+    monkeypatch.setattr(ops, "BLOCK_ELEMENTS", 300)  # several blocks of rows
     compare(case, torch.float32)
 
 
@@ -152,7 +208,11 @@ def test_second_derivative_is_exact():
 def test_opcheck_and_one_graph():
     q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
     bias, mask = torch.randn(1, 2, 1, 5, requires_grad=True), torch.tensor([[True, True, False, True, True]])
-    torch.library.opcheck(ops.softmax_fwd, (q, k, v, bias, mask, None, None, -1, 0, True, 0.3))
+    phi = torch.randn(1, 2, 5, 3, requires_grad=True)
+    table = torch.randn(2, 9, requires_grad=True)
+    places = torch.arange(5)[None]
+    call = (q, k, v, bias, phi, phi, table, None, None, mask, places, places, -1, 0, True, 0.3, 2.0, [2, 4])
+    torch.library.opcheck(ops.softmax_fwd, call)
     call = lambda q, k, v: attention(q, k, v, impl="triton", causal=True)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     want, have = attention(q, k, v, impl="torch", causal=True), compiled(q, k, v)
@@ -163,8 +223,26 @@ def test_opcheck_and_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_splitting_the_keys_changes_nothing(monkeypatch):
+    q, k, v = (torch.randn(1, 2, n, 16) for n in (3, 200, 200))
+    mask = torch.ones(1, 200, dtype=torch.bool)
+    mask[:, 64:128] = False  # a whole split without a key
+    monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 6)
+    calls = []
+    monkeypatch.setattr(
+        launch, "merge_lse", lambda parts: calls.append(len(parts)) or softmax.merge_lse(parts)
+    )
+    for options in ({"key_mask": mask}, {"window": (150, 0)}):
+        have = attention(q, k, v, impl="triton", return_lse=True, **options)
+        want = attention(q, k, v, impl="reference", return_lse=True, **options)
+        for a, b in zip(have, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert calls == [3, 3]
+
+
 def test_what_the_kernels_lack_names_the_way_out():
     q, k, v = (torch.randn(1, 1, 3, 8) for _ in range(3))
-    for options in ({"dropout": 0.1}, {"softcap": 2.0}, {"skip_threshold": 0.1}):
+    post = torch.ones(1, 1, 3, 3, requires_grad=True)
+    for options in ({"dropout": 0.1}, {"skip_threshold": 0.1}, {"post_mask": post}):
         with pytest.raises(NotImplementedError, match="impl='torch'"):
             attention(q, k, v, impl="triton", **options)

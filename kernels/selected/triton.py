@@ -1,0 +1,256 @@
+"""Triton kernels for selected-block attention, block scores and the choice of blocks.
+
+B batch, H heads, Hk key heads, G = H / Hk heads of a group, N queries, M keys, S chosen blocks of ``SIZE`` keys, D, E head sizes; grid axis 0 is B * Hk.
+
+- ``selected_fwd_kernel`` and ``selected_bwd_dq_kernel``: one query with the heads of its group as the rows of the products, against the tiles of its blocks.
+- ``selected_bwd_dkdv_kernel``: one tile of keys against the (query, head) rows that chose its block, from inverted lists; no atomics.
+- ``selected_scores_kernel``: probabilities of compressed attention again from its log-sum-exp, summed over the group and through the overlap stencil.
+- ``selected_topn_kernel``: the n best of a row, lowest index first among equals, in ascending order.
+
+Rows that see no key have lse = -inf, O = 0 and no gradient, as in ``kernels/softmax/triton.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kernels.softmax.scores import LN2, LOG2E
+
+
+class Sizes(NamedTuple):
+    """As above; ``nb`` selection blocks."""
+
+    hk: Any
+    g: Any
+    n: Any
+    m: Any
+    s: Any
+    nb: Any
+    d: Any
+    e: Any
+
+
+class Operands(NamedTuple):
+    """Optional key mask and positions (batch stride 0 where shared); positions None: query i at i + M - N."""
+
+    mask: Any = None
+    mask_b: Any = None
+    pos_q: Any = None
+    pos_q_b: Any = None
+    pos_k: Any = None
+    pos_k_b: Any = None
+
+
+class Config(NamedTuple):
+    """``SIZE`` keys of a block, ``BM`` of them in a tile; ``BN`` rows of queries and heads."""
+
+    scale: float
+    causal: bool
+    SIZE: int
+    BN: int
+    BM: int
+    BD: int
+    BE: int
+    dot: Any
+    precision: str
+
+
+@triton.jit
+def _gather(P, strides, b, head, token, inside, width, W: tl.constexpr, DOT: tl.constexpr):
+    """[rows, W]: a head and a token for each row."""
+    c = tl.arange(0, W)
+    row = head.to(tl.int64) * strides[1] + token.to(tl.int64) * strides[2]
+    at = P + b * strides[0] + row[:, None] + c[None, :]
+    return tl.load(at, mask=inside[:, None] & (c < width)[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def _seen(i, j, in_i, in_j, b, x, size, C: tl.constexpr):
+    seen = in_i[:, None] & in_j[None, :]
+    if x.mask is not None:
+        seen = seen & (tl.load(x.mask + b * x.mask_b + j, mask=in_j, other=0) != 0)[None, :]
+    if C.causal:
+        if x.pos_q is not None:
+            pi = tl.load(x.pos_q + b * x.pos_q_b + i, mask=in_i, other=0)
+            pj = tl.load(x.pos_k + b * x.pos_k_b + j, mask=in_j, other=0)
+            seen = seen & (pj[None, :] <= pi[:, None])
+        else:
+            seen = seen & (j[None, :] <= (i + (size.m - size.n))[:, None])
+    return seen
+
+
+@triton.jit
+def _tile(step, INDEX, row, size, C: tl.constexpr):
+    """Keys of one step of the loop over chosen blocks, and which of them exist."""
+    parts: tl.constexpr = (C.SIZE + C.BM - 1) // C.BM
+    block = tl.load(INDEX + row * size.s + step // parts)
+    within = (step % parts) * C.BM + tl.arange(0, C.BM)
+    j = tl.maximum(block, 0) * C.SIZE + within
+    return j, (block >= 0) & (within < C.SIZE) & (j < size.m)
+
+
+@triton.jit
+def _probabilities(q, k, lse, seen, C: tl.constexpr):
+    s = tl.dot(q, k, input_precision=C.precision) * (C.scale * LOG2E)
+    seen = seen & (lse > float("-inf"))[:, None]
+    lse = tl.where(lse > float("-inf"), lse, 0.0) * LOG2E
+    return tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))
+
+
+@triton.jit
+def selected_fwd_kernel(Q, K, V, INDEX, O, LSE, q_strides, k_strides, v_strides, size, x, C: tl.constexpr):
+    bh = tl.program_id(0).to(tl.int64)
+    b, hk = bh // size.hk, bh % size.hk
+    n = tl.program_id(1)
+    g = tl.arange(0, C.BN)
+    in_g = g < size.g
+    head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
+    q = _gather(Q, q_strides, b, head, token, in_g, size.d, C.BD, C.dot)
+    top = tl.full((C.BN,), float("-inf"), tl.float32)
+    total = tl.zeros((C.BN,), tl.float32)
+    acc = tl.zeros((C.BN, C.BE), tl.float32)
+    for step in range(0, size.s * ((C.SIZE + C.BM - 1) // C.BM)):
+        j, in_j = _tile(step, INDEX, bh * size.n + n, size, C)
+        key_head = tl.zeros((C.BM,), tl.int64) + hk
+        k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
+        s = tl.dot(q, tl.trans(k), input_precision=C.precision) * (C.scale * LOG2E)
+        s = tl.where(_seen(token, j, in_g, in_j, b, x, size, C), s, float("-inf"))
+        peak = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)  # a row without a key so far
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(p, 1)
+        v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
+        acc = tl.dot(p.to(C.dot), v, acc * shrink[:, None], input_precision=C.precision)
+        top = peak
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    row = (b * size.hk * size.g + head) * size.n + n
+    e = tl.arange(0, C.BE)
+    out = (acc / total[:, None]).to(O.dtype.element_ty)
+    tl.store(O + row[:, None] * size.e + e[None, :], out, mask=in_g[:, None] & (e < size.e)[None, :])
+    tl.store(LSE + row, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=in_g)
+
+
+@triton.jit
+def selected_bwd_dq_kernel(
+    Q, K, V, INDEX, DO, LSE, DELTA, DQ, q_strides, k_strides, v_strides, o_strides, size, x, C: tl.constexpr
+):  # fmt: skip
+    bh = tl.program_id(0).to(tl.int64)
+    b, hk = bh // size.hk, bh % size.hk
+    n = tl.program_id(1)
+    g = tl.arange(0, C.BN)
+    in_g = g < size.g
+    head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
+    row = (b * size.hk * size.g + head) * size.n + n
+    q = _gather(Q, q_strides, b, head, token, in_g, size.d, C.BD, C.dot)
+    do = _gather(DO, o_strides, b, head, token, in_g, size.e, C.BE, C.dot)
+    lse = tl.load(LSE + row, mask=in_g, other=float("-inf"))
+    delta = tl.load(DELTA + row, mask=in_g, other=0.0)
+    dq = tl.zeros((C.BN, C.BD), tl.float32)
+    for step in range(0, size.s * ((C.SIZE + C.BM - 1) // C.BM)):
+        j, in_j = _tile(step, INDEX, bh * size.n + n, size, C)
+        key_head = tl.zeros((C.BM,), tl.int64) + hk
+        k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
+        v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
+        p = _probabilities(q, tl.trans(k), lse, _seen(token, j, in_g, in_j, b, x, size, C), C)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=C.precision) - delta[:, None])
+        dq = tl.dot(ds.to(C.dot), k, dq, input_precision=C.precision)
+    d = tl.arange(0, C.BD)
+    dq = (dq * C.scale).to(DQ.dtype.element_ty)
+    tl.store(DQ + row[:, None] * size.d + d[None, :], dq, mask=in_g[:, None] & (d < size.d)[None, :])
+
+
+@triton.jit
+def selected_bwd_dkdv_kernel(
+    Q, K, V, PTR, QUERIES, DO, LSE, DELTA, DK, DV, q_strides, k_strides, v_strides, o_strides, size, x, C: tl.constexpr
+):  # fmt: skip
+    """Queries of block j: ``QUERIES[b, hk, PTR[b, hk, j]:PTR[b, hk, j + 1]]``."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, hk = bh // size.hk, bh % size.hk
+    parts: tl.constexpr = (C.SIZE + C.BM - 1) // C.BM
+    block = tl.program_id(1) // parts
+    within = (tl.program_id(1) % parts) * C.BM + tl.arange(0, C.BM)
+    j = block * C.SIZE + within
+    in_j = (within < C.SIZE) & (j < size.m)
+    key_head = tl.zeros((C.BM,), tl.int64) + hk
+    k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
+    v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
+    dk = tl.zeros((C.BM, C.BD), tl.float32)
+    dv = tl.zeros((C.BM, C.BE), tl.float32)
+    first = tl.load(PTR + bh * (size.nb + 1) + block)
+    rows = (tl.load(PTR + bh * (size.nb + 1) + block + 1) - first) * size.g
+    for r0 in range(0, rows, C.BN):
+        r = r0 + tl.arange(0, C.BN)
+        inside = r < rows
+        at = bh * size.n * size.s + first + r // size.g
+        i = tl.load(QUERIES + at, mask=inside, other=0)
+        head = hk * size.g + r % size.g
+        row = (b * size.hk * size.g + head) * size.n + i
+        q = _gather(Q, q_strides, b, head, i, inside, size.d, C.BD, C.dot)
+        do = _gather(DO, o_strides, b, head, i, inside, size.e, C.BE, C.dot)
+        lse = tl.load(LSE + row, mask=inside, other=float("-inf"))
+        delta = tl.load(DELTA + row, mask=inside, other=0.0)
+        p = _probabilities(q, tl.trans(k), lse, _seen(i, j, inside, in_j, b, x, size, C), C)
+        dv = tl.dot(tl.trans(p.to(C.dot)), do, dv, input_precision=C.precision)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=C.precision) - delta[:, None])
+        dk = tl.dot(tl.trans(ds.to(C.dot)), q, dk, input_precision=C.precision)
+    row = (bh * size.m + j)[:, None]
+    d, e = tl.arange(0, C.BD), tl.arange(0, C.BE)
+    dk = (dk * C.scale).to(DK.dtype.element_ty)
+    tl.store(DK + row * size.d + d[None, :], dk, mask=in_j[:, None] & (d < size.d)[None, :])
+    dv = dv.to(DV.dtype.element_ty)
+    tl.store(DV + row * size.e + e[None, :], dv, mask=in_j[:, None] & (e < size.e)[None, :])
+
+
+@triton.jit
+def selected_scores_kernel(
+    Q, K, STENCIL, SPAN, VISIBLE, LSE, SCORES, q_strides, k_strides, visible_strides, size, C: tl.constexpr
+):  # fmt: skip
+    """K holds ``size.m`` compressed keys; tile t of the ``size.nb`` selection blocks overlaps those from ``SPAN[t, 0]`` to ``SPAN[t, 1]``."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, hk = bh // size.hk, bh % size.hk
+    i = tl.program_id(1) * C.BN + tl.arange(0, C.BN)
+    in_i = i < size.n
+    block = tl.program_id(2) * C.BM + tl.arange(0, C.BM)
+    acc = tl.zeros((C.BN, C.BM), tl.float32)
+    first = tl.load(SPAN + 2 * tl.program_id(2))
+    last = tl.load(SPAN + 2 * tl.program_id(2) + 1)
+    for j0 in range(first // C.BM * C.BM, last, C.BM):
+        j = j0 + tl.arange(0, C.BM)
+        in_j = j < size.m
+        k = _gather(K, k_strides, b, tl.zeros((C.BM,), tl.int64) + hk, j, in_j, size.d, C.BD, C.dot)
+        seen = in_i[:, None] & in_j[None, :]
+        if VISIBLE is not None:
+            at = VISIBLE + b * visible_strides[0] + i.to(tl.int64)[:, None] * visible_strides[1] + j[None, :]
+            seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+        together = tl.zeros((C.BN, C.BM), tl.float32)
+        for g in range(0, size.g):
+            head = hk * size.g + g
+            q = _gather(Q, q_strides, b, tl.zeros((C.BN,), tl.int64) + head, i, in_i, size.d, C.BD, C.dot)
+            row = (b * size.hk * size.g + head) * size.n + i
+            lse = tl.load(LSE + row, mask=in_i, other=float("-inf"))
+            together += _probabilities(q, tl.trans(k), lse, seen, C)
+        at = STENCIL + j.to(tl.int64)[:, None] * size.nb + block[None, :]
+        overlap = tl.load(at, mask=in_j[:, None] & (block < size.nb)[None, :], other=0.0)
+        acc = tl.dot(together, overlap, acc, input_precision="ieee" if C.precision == "ieee" else "tf32x3")
+    at = SCORES + (bh * size.n + i)[:, None] * size.nb + block[None, :]
+    tl.store(at, acc, mask=in_i[:, None] & (block < size.nb)[None, :])
+
+
+@triton.jit
+def selected_topn_kernel(SCORES, INDEX, nb, count, W: tl.constexpr):
+    """INDEX arrives filled with -1."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, W)
+    left = tl.load(SCORES + row * nb + at, mask=at < nb, other=float("-inf"))
+    taken = at < 0
+    for _ in range(0, count):
+        best = tl.max(left, 0)
+        lowest = tl.min(tl.where(left == best, at, W), 0)
+        now = (at == lowest) & (left > float("-inf"))
+        taken = taken | now
+        left = tl.where(now, float("-inf"), left)
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(INDEX + row * count + place, at, mask=taken)
