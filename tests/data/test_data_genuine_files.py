@@ -8,13 +8,19 @@ import subprocess
 import sys
 import tarfile
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
 
 from data import create_data
 from data.carriers import cache_dir
 from data.detection_base import VOID
 from data.detection_eval import coco_scores
+from tasks.detection import Detection
+from tasks.segmentation import Segmentation
+from zoo.attention.slots import resolve_slots
+from zoo.models import get_model
 
 NAME, DIGEST = "labelme-6.3.1.tar.gz", "2947e0d8341a92faa7b3ee50cf4b672f838051c6bf24892526e95b64fd3a707e"
 
@@ -81,3 +87,49 @@ def test_voc_boxes_and_masks(examples):
     assert masks.mask_labels[0] == "background" and "person" in masks.mask_labels
     inside = batch["mask"][batch["mask"] != VOID]
     assert int(inside.max()) < len(masks.mask_labels) and int(inside.max()) > 0
+
+
+def train_one_epoch(task_class, data, model, **options):
+    """An epoch, validation and test; returns the test's metrics."""
+    data.setup()
+    cls = get_model(model)
+    options = {**task_class.model_arguments(data), **options}
+    factories = resolve_slots(cls.slots(**options), {"name": "softmax"})
+    data.require("boxes" if task_class is Detection else "masks", model)
+    task = task_class(cls(factories, **options), data)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    assert trainer.global_step == 1 and torch.isfinite(trainer.callback_metrics["train/loss"])
+    trainer.test(task, datamodule=data, verbose=False)
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("coco", "instance_segmentation/data_dataset_coco"),
+        ("voc", "bbox_detection/data_dataset_voc"),
+    ],
+)
+def test_detection_trains_an_epoch_and_is_scored(examples, kind, place):
+    data = create_data(kind, root=str(examples / place), image_size=64, batch_size=2)
+    found = train_one_epoch(Detection, data, "plain_detr", dim=32, queries=6, many_queries=8)
+    assert 0 <= found["test/ap"] <= found["test/ap50"] <= 1
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("kind", "place", "options"),
+    [
+        ("coco", "instance_segmentation/data_dataset_coco", {}),
+        ("voc", "semantic_segmentation/data_dataset_voc", {"masks": True}),
+    ],
+)
+def test_segmentation_trains_an_epoch_and_is_scored(examples, kind, place, options):
+    data = create_data(kind, root=str(examples / place), image_size=64, batch_size=2, **options)
+    found = train_one_epoch(Segmentation, data, "segmenter", dim=32, depth=1, stem_width=8)
+    assert 0 <= found["test/miou"] <= 1 and found["test/accuracy"] > 0

@@ -153,7 +153,7 @@ def test_bad_options_name_the_way_out(options, message):
         create_data("scenes", **options)
 
 
-@pytest.mark.parametrize("name", ["scenes", "coco", "voc", "yolo", "png_masks"])
+@pytest.mark.parametrize("name", ["scenes", "stamps", "coco", "voc", "yolo", "png_masks"])
 def test_yaml_lists_every_option_with_its_default(name):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     path = Path(__file__).parents[2] / "conf" / "data" / f"{name}.yaml"

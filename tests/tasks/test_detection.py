@@ -285,6 +285,47 @@ def test_every_variant_trains_or_refuses(attention):
     assert 0 <= float(trainer.callback_metrics["test/ap"]) <= 1
 
 
+PLACES = [
+    ("plain_detr", "encoder", {}),
+    ("plain_detr", "encoder", {"padded": True}),
+    ("plain_detr", "decoder", {}),
+    ("plain_detr", "cross", {}),
+    ("plain_detr", "cross", {"box_rpb": False, "padded": True}),
+    ("plain_detr", "bvr", {"bvr_proposals": 3}),
+    ("detr", "encoder", {"dim": 32, "encoder_depth": 1}),
+    ("detr", "decoder", {"dim": 32, "encoder_depth": 1}),
+    ("detr", "cross", {"dim": 32, "encoder_depth": 1}),
+]
+
+
+@pytest.mark.parametrize("attention", list_attention())
+def test_every_slot_takes_the_variant_or_says_why(attention):
+    """One slot at a time, the others softmax; through a variant that fits, the loss reaches the image's first layer."""
+    images, size = torch.randn(2, 3, 32, 32), torch.tensor([[32, 32], [32, 32]])
+    labels, boxes = torch.tensor([[1, -1], [0, 3]]), torch.rand(2, 2, 4) * 0.3 + 0.2
+    for name, slot, options in PLACES:
+        cls = get_model(name)
+        options = {**SMALL, **options} if name == "plain_detr" else options
+        options = {**options, "image_size": 32, "queries": 4}
+        if name == "plain_detr":
+            options["many_queries"] = 5
+        try:
+            factories = resolve_slots(
+                cls.slots(**options), {"name": "softmax"}, {slot: {"name": attention}}, task="detr"
+            )
+        except CapabilityError as error:
+            assert f"slot {slot!r}" in str(error) and "Variants that fit" in str(error)
+            continue
+        model = cls(factories, **options)
+        kind = "softmax" if name == "detr" else "focal"
+        out = model(images, size)
+        terms = detection_losses(out, labels, boxes, WEIGHTS, kind=kind, delta=name == "plain_detr")
+        sum(terms.values()).backward()
+        assert all(torch.isfinite(v) for v in terms.values()), (name, slot)
+        first = next(model.stem.parameters()).grad
+        assert torch.isfinite(first).all() and first.abs().max() > 0, (name, slot)
+
+
 def test_figures_and_card(tmp_path):
     data = small_scenes(test_scenes=3)
     task = Detection(make(), data)

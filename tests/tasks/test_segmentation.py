@@ -141,6 +141,25 @@ def test_every_variant_trains_or_refuses(attention):
     assert 0 <= float(trainer.callback_metrics["test/miou"]) <= 1
 
 
+@pytest.mark.parametrize("attention", list_attention())
+def test_every_slot_takes_the_variant_or_says_why(attention):
+    """Heads that mix tokens of their own into the attention, and images that are not of the table's size."""
+    for head, slot in (("eomt", "encoder"), ("mask_transformer", "decoder"), ("linear", "encoder")):
+        options = {**SMALL, "head": head, "image_size": 32}
+        cls = get_model("segmenter")
+        try:
+            factories = resolve_slots(
+                cls.slots(**options), {"name": "softmax"}, {slot: {"name": attention}}, task="segmentation"
+            )
+        except CapabilityError as error:
+            assert f"slot {slot!r}" in str(error) and "Variants that fit" in str(error)
+            continue
+        model = cls(factories, **options)
+        out = model(torch.randn(2, 3, 32, 32))
+        sum(segmentation_losses(out, torch.randint(11, (2, 32, 32))).values()).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == [], head
+
+
 def test_windows_in_validation():
     data = small_scenes()
     task = Segmentation(make().eval(), data, window=32)
