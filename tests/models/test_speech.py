@@ -326,6 +326,24 @@ def test_labels_heard_counts_collapsed_labels():
     torch.testing.assert_close(model.labels_heard(memory), expected, atol=1e-5, rtol=0)
 
 
+def test_shifted_positions_agree():
+    """The shift moves decoder and label positions alike: a decoder that compares them alone notices nothing."""
+    model = make(position_shift=50)
+    memory, heard = torch.zeros(2, 9, model.dim), torch.arange(1.0, 10).repeat(2, 1)
+    tokens, shift = torch.full((2, 9), 5), torch.tensor([[7], [50]])
+    content = model.embedding(tokens) * model.dim**0.5
+    plain, moved = (
+        (model._embed(tokens, shift=by) - content) @ model._located(memory, heard, by).mT
+        for by in (None, shift)
+    )
+    assert torch.equal(plain.argmax(-1), torch.arange(9).repeat(2, 1))
+    torch.testing.assert_close(moved, plain, atol=1e-4, rtol=1e-4)
+    prefix = torch.randint(3, 15, (2, 6))
+    same = [model.eval().decode(prefix, memory, torch.tensor([9, 9])) for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(model.train().decode(prefix, memory, torch.tensor([9, 9])), same[0])
+
+
 def test_ctc_frames_between_places():
     """Two frames a place: logits keep their order, and alignment answers in fractions of places."""
     from zoo.decoding.align import align_ctc
@@ -349,7 +367,7 @@ def test_label_positions_tell_equal_sounds_apart():
     for label_positions in (False, True):
         model = make(label_positions=label_positions)
         memory = torch.randn(1, 6, model.dim).repeat(1, 2, 1)
-        read = model._located(memory, None)
+        read = model._located(memory)
         assert torch.equal(read[:, :6], read[:, 6:]) != label_positions
 
 

@@ -71,6 +71,8 @@ class SpeechModel(nn.Module):
             head has heard so far. Decoder positions count labels, encoder positions count time; without this a young decoder
             loses its place, above all where a sentence repeats a word. Kin to the label-synchronous clock of CIF,
             arXiv:1905.11235.
+        position_shift: While training, decoder and label positions of an utterance are moved together by a random number up to
+            this (SHAPE, arXiv:2109.05644): what counts is that they agree, so sentences longer than most are no trouble.
         wait: Wait-k decoding, arXiv:1810.08398: token i sees the first wait + i * wait_stride encoder places alone, so that
             it could be written while the rest is spoken (given an encoder as short-sighted); 0 shows the whole utterance.
         wait_stride: Places that one more token uncovers.
@@ -105,6 +107,7 @@ class SpeechModel(nn.Module):
         conv_expansion: int = 1,
         ctc_per_place: int = 1,
         label_positions: bool = True,
+        position_shift: int = 100,
         wait: int = 0,
         wait_stride: int = 2,
         position: str = "sine",
@@ -116,11 +119,13 @@ class SpeechModel(nn.Module):
     ) -> None:
         super().__init__()
         _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
-        if wait < 0 or wait_stride < 1 or ctc_per_place < 1:
+        if min(wait, position_shift) < 0 or min(wait_stride, ctc_per_place) < 1:
             raise ConfigError(
-                f"wait={wait} must be at least 0, wait_stride={wait_stride} and ctc_per_place={ctc_per_place} at least 1"
+                f"wait={wait} and position_shift={position_shift} must be at least 0, wait_stride={wait_stride} and "
+                f"ctc_per_place={ctc_per_place} at least 1"
             )
         self.dim, self.vocab_size, self.label_positions = dim, vocab_size, label_positions
+        self.position_shift = position_shift if label_positions else 0
         self.wait, self.wait_stride, self.ctc_per_place = wait, wait_stride, ctc_per_place
         self._table = torch.empty(0, dim)
         self.front = LogMel(sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise)
@@ -236,9 +241,11 @@ class SpeechModel(nn.Module):
     def has_decoder(self) -> bool:
         return len(self.decoder) > 0
 
-    def _embed(self, tokens: Tensor, first: int = 0) -> Tensor:
+    def _embed(self, tokens: Tensor, first: int = 0, shift: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens) * math.sqrt(self.dim)
-        return self.drop(x + self._positions(first + tokens.shape[1], x)[first:])
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        table = self._positions(first + tokens.shape[1] + self.position_shift, x)
+        return self.drop(x + table[places if shift is None else places + shift])
 
     def _positions(self, count: int, like: Tensor) -> Tensor:
         """Sine table of at least the first `count` positions, kept between calls: decoding asks for it at each step."""
@@ -261,12 +268,13 @@ class SpeechModel(nn.Module):
         count = (heard * (1 - before)).sum(-1).cumsum(1)
         return count.unflatten(1, (-1, self.ctc_per_place)).mean(-1)
 
-    def _located(self, memory: Tensor, heard: Tensor | None) -> Tensor:
+    def _located(self, memory: Tensor, heard: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """Memory as the decoder reads it: label i, counted from 0, gets the position of the decoder's query for it."""
         if not self.label_positions:
             return memory
         heard = self.labels_heard(memory) if heard is None else heard
-        return memory + sine_positions(heard - 1, self.dim).to(memory.dtype)
+        places = heard - 1 if shift is None else heard - 1 + shift
+        return memory + sine_positions(places, self.dim).to(memory.dtype)
 
     def decode(
         self, tokens: Tensor, memory: Tensor, lengths: Tensor, *, heard: Tensor | None = None
@@ -282,8 +290,11 @@ class SpeechModel(nn.Module):
         Returns:
             [B, L, vocabulary].
         """
-        x = self._embed(tokens)
-        memory = self._located(memory, heard)
+        shift = None
+        if self.training and self.position_shift:
+            shift = torch.randint(self.position_shift + 1, (len(tokens), 1), device=tokens.device)
+        x = self._embed(tokens, shift=shift)
+        memory = self._located(memory, heard, shift)
         mask = length_mask(lengths, memory.shape[1])
         seen = self._last_seen(torch.arange(tokens.shape[1], device=tokens.device), memory.shape[1])
         for block in self.decoder:
@@ -298,7 +309,7 @@ class SpeechModel(nn.Module):
 
     def init_state(self, memory: Tensor, lengths: Tensor) -> State:
         """Decoding state before BOS: the memory is projected once, the prefix is empty."""
-        memory = self._located(memory, None)
+        memory = self._located(memory)
         mask = length_mask(lengths, memory.shape[1])
         state: State = {"length": 0, "places": memory.shape[1]}
         for i, block in enumerate(self.decoder):
