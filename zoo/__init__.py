@@ -15,7 +15,9 @@ _EXPORTS = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
     "load": "zoo.pretrained",
-    "convert": "zoo.convert",
+    "convert": "zoo.conversion",
+    "from_timm": "zoo.pretrained.from_timm",
+    "export": "zoo.programs",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -111,7 +111,10 @@ def test_packages_of_others_join_by_their_metadata(tmp_path):
 
 @pytest.mark.parametrize(
     "code",
-    ["import zoo", "from zoo.__main__ import main; [main(['list', kind]) for kind in ('attention', 'models', 'weights')]"],
+    [
+        "import zoo",
+        "from zoo.__main__ import main; [main(['list', kind]) for kind in ('attention', 'models', 'weights')]",
+    ],
     ids=["import", "list"],
 )
 def test_what_is_not_imported(code):
@@ -123,3 +126,13 @@ def test_what_is_not_imported(code):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_exported_names_are_no_modules():
+    """A function named like a module would be hidden by it at the second use."""
+    code = (
+        "import zoo\n"
+        "for name in zoo.__all__[1:]:\n    assert callable(getattr(zoo, name)) and callable(getattr(zoo, name)), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

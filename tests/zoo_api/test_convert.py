@@ -5,7 +5,7 @@ import timm
 import torch
 
 import zoo
-from zoo.convert import convert
+from zoo.conversion import convert
 from zoo.errors import CapabilityError, ConfigError
 
 SMALL = {"depth": 2, "dim": 16, "num_heads": 2, "image_size": 14, "patch_size": 2, "stem": "patch"}

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from tasks.engine.run import build_data
-    from zoo.convert import convert
+    from zoo.conversion import convert
     from zoo.pretrained.weights import load_model, save_weights
 
     options = {k: yaml.safe_load(v) for k, _, v in (s.partition("=") for s in args.settings)}
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     model, card = load_model(args.weights)
     if card["task"] != "vit":
         raise ConfigError(
-            f"conversion from the command line takes weights of task 'vit', not {card['task']!r}; use zoo.convert.convert"
+            f"conversion from the command line takes weights of task 'vit', not {card['task']!r}; use zoo.convert"
         )
     data = build_data(OmegaConf.create(card["config"]))
     loader = iter(data.train_dataloader())

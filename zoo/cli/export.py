@@ -9,7 +9,7 @@ from zoo.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    from zoo.export import SUFFIXES, TOLERANCE, export
+    from zoo.programs import SUFFIXES, TOLERANCE, export
 
     parser = argparse.ArgumentParser(prog="python -m zoo export", description=__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", help="weights names, .safetensors files or run folders")

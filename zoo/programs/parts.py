@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError
-from zoo.export.audio import ConvolvedLogMel
+from zoo.programs.audio import ConvolvedLogMel
 
 Inputs = dict[str, Tensor]
 BATCH, LENGTH = "batch", "length"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, ZooError, unknown
-from zoo.export.parts import BATCH, Part, parts_of
+from zoo.programs.parts import BATCH, Part, parts_of
 from zoo.pretrained.weights import load_model, sha256
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
