@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tasks.engine.cli import explain, list_names, merge_resumed, run_folder
+from tasks.engine.cli import continued, explain, list_names, merge_resumed, run_folder, sweep_status
 
 OmegaConf.register_new_resolver("run_folder", run_folder)
 
@@ -26,12 +26,17 @@ def main(cfg: DictConfig) -> float | None:
     folder = Path(hydra_cfg.runtime.output_dir)
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode is RunMode.MULTIRUN else None
     try:
-        cfg = merge_resumed(cfg, list(hydra_cfg.overrides.task))
-        result = run(cfg, folder)
+        cfg, result = continued(merge_resumed(cfg, list(hydra_cfg.overrides.task)), folder)
+        if result is None:
+            found = None
+            if cfg.get("sweep"):
+                from tasks.engine.search import search
+
+                cfg, found = search(cfg, folder)
+            result = run(cfg, folder, found)
     except BaseException as error:
         if sweep:
-            record_failure(folder, cfg, error)
-            write_leaderboard(sweep)
+            record_failure(sweep, folder, cfg, error)
         raise
     if sweep:
         write_leaderboard(sweep)
@@ -41,11 +46,12 @@ def main(cfg: DictConfig) -> float | None:
 def entry() -> int:
     if "--list" in sys.argv:
         return list_names(sys.argv[sys.argv.index("--list") + 1 :])
+    status = 0
     try:
         main()
     except BaseException as error:
-        return explain(error)
-    return 0
+        status = explain(error)
+    return sweep_status(status)
 
 
 if __name__ == "__main__":

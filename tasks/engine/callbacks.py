@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from tasks.base import ZooTask, batch_size
@@ -122,6 +123,17 @@ class StopOnNan(Callback):
             )
 
 
+class SaveWhenTerminated(Callback):
+    """On SIGTERM (a scheduler's end of time) the step that ran is saved; Lightning raises after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: L.Trainer, module: ZooTask, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
+            trainer.save_checkpoint(self.path)
+
+
 class Speed(Callback):
     """Measures samples per second of training, validation left out."""
 
@@ -166,22 +178,16 @@ class RewindLog(Callback):
     Lightning logs a step after the callbacks that may save a checkpoint at its end; so the checkpoint carries that row.
     """
 
-    def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-
     def on_save_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
         checkpoint["last_row"] = {
             k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
-        self._last = checkpoint.get("last_row", {})
-
-    def on_train_start(self, trainer: L.Trainer, module: ZooTask) -> None:
-        if trainer.global_step:
-            for logger in trainer.loggers:
-                if isinstance(logger, MetricsCsv):
-                    logger.rewind(trainer.global_step, self._last)
+        # Here and not at the start of the training, which a run that was killed in its test does not see again.
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.rewind(checkpoint["global_step"], checkpoint.get("last_row", {}))
 
 
 def build_callbacks(
@@ -232,6 +238,7 @@ def build_callbacks(
                 checkpoints, "last", every_n_train_steps=checkpoint_every_steps, enable_version_counter=False
             )
         )
+    callbacks.append(SaveWhenTerminated(checkpoints / "last.ckpt"))
     if progress not in ("auto", "bar", "lines", "none"):
         raise ConfigError(f"callbacks.progress={progress!r}: choose auto, bar, lines or none")
     if progress == "bar" or (progress == "auto" and terminal):

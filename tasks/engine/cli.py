@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.errors import ConfigError, ZooError, closest
 
 CONF = Path(__file__).parents[2] / "conf"
+AUTO = "auto"  # resume=auto
+
+
+class RememberSweep(Callback):
+    """Hydra callback: the folder of the sweep that this process leads, for `sweep_status`."""
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        RememberSweep.folder = Path(config.hydra.sweep.dir)
+
+
+def sweep_status(status: int) -> int:
+    """Print how a sweep went; the exit status, non-zero if any job failed. Outside sweeps `status` as it is."""
+    folder, RememberSweep.folder = RememberSweep.folder, None
+    if folder is None or not folder.is_dir():
+        return status
+    from tasks.engine.leaderboard import collect
+
+    results, failures = collect([folder])
+    print(f"sweep {folder}: {len(results)} jobs done, {len(failures)} failed", file=sys.stderr)
+    for failure in failures:
+        place = Path(failure["folder"]).name
+        print(f"  {place}: {failure['kind']}: {failure['reason']}", file=sys.stderr)
+    if failures or status:
+        print(f"go on with the same command and: hydra.sweep.dir={folder} resume=auto", file=sys.stderr)
+    return status or int(bool(failures))
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
     """Resolver `run_folder`: the folder to continue, or a fresh one."""
-    if not resume:
+    if not resume or resume == AUTO:
         return fresh
     if not (Path(resume) / "config.yaml").exists():
         raise ConfigError(f"resume={resume}: no run there (config.yaml is missing); give a run folder")
@@ -43,7 +73,7 @@ def list_names(groups: list[str]) -> int:
 
 def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """With resume=FOLDER the configuration stored there counts, changed only by plain values given now."""
-    if not cfg.resume:
+    if not cfg.resume or cfg.resume == AUTO:
         return cfg
     resumed = OmegaConf.load(Path(cfg.resume) / "config.yaml")
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
@@ -53,11 +83,43 @@ def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return merged
 
 
+def continued(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any] | None]:
+    """With resume=auto: the configuration that goes on with what `folder` holds, and its result if it is finished.
+
+    Raises:
+        ConfigError: The folder holds another configuration's run.
+    """
+    if cfg.resume != AUTO:
+        return cfg, None
+    cfg.resume = None
+    stored = folder / "config.yaml"
+    if not stored.exists():
+        return cfg, None
+    old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(stored), cfg))
+    for key in ("resume", "sweep"):
+        old.pop(key, None), new.pop(key, None)
+    if cfg.get("sweep"):  # the search chose this one
+        old["task"].pop("lr"), new["task"].pop("lr")
+    different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if different:
+        raise ConfigError(
+            f"resume=auto: {folder} holds a run with another configuration ({', '.join(different)} differ); choose another folder"
+        )
+    if (folder / "result.json").exists():
+        return cfg, json.loads((folder / "result.json").read_text())
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        cfg.resume = str(folder)
+    return cfg, None
+
+
 def explain(error: BaseException) -> int:
     """Print an error as its user needs it; returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted; go on with resume=<run folder>", file=sys.stderr)
         return 130
+    if type(error).__name__ == "SIGTERMException":  # Lightning's; not imported for --list
+        print("terminated; the state is saved, go on with resume=<run folder>", file=sys.stderr)
+        return 128 + signal.SIGTERM
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     # The user's own mistake first, whatever wrapped it.
@@ -67,6 +129,11 @@ def explain(error: BaseException) -> int:
             text = str(cause)
         elif type(cause).__module__.startswith(("hydra", "omegaconf", "antlr")):
             text = _hydra_text(cause)
+        elif "DataLoader worker" in str(cause):
+            text = (
+                f"a data-loader worker died ({str(cause).split('.')[0]}), perhaps killed for memory; go on with resume=, with "
+                "fewer data.num_workers"
+            )
         elif isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             text = f"no room left on the disk ({cause.filename or 'unknown file'}); free some and use resume="
         if text:

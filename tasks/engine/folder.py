@@ -36,8 +36,9 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     except Exception as error:
         temporary.unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # torch's zip writer reports a short write as a RuntimeError of its own.
-        if full or "file write failed" in str(error) or "No space left" in str(error):
+        # torch's zip writer reports a short write as RuntimeErrors of its own.
+        short = ("file write failed", "No space left", "inline_container")
+        if full or any(text in str(error) for text in short):
             raise DiskFull(
                 f"no room left for {path.name} in {path.parent}; the previous one is intact. Free some space and go "
                 f"on with resume={path.parent}"
@@ -73,6 +74,9 @@ class RunFolder:
             raise ConfigError(
                 f"another run is writing to {path}; wait for it or choose another folder"
             ) from None
+
+        for stale in path.rglob(".*.tmp"):  # what a killed process was writing
+            stale.unlink(missing_ok=True)
 
     def __enter__(self) -> RunFolder:
         return self

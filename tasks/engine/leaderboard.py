@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import math
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from scipy.stats import t as student
 
+from tasks.engine.comparison import compare
 from tasks.engine.folder import write_atomic, write_json
 from tasks.engine.leaderboard_figure import draw
 from tasks.engine.leaderboard_page import page
+from tasks.engine.leaderboard_text import markdown
+from tasks.engine.protocol import describe
 from tasks.engine.report import higher_is_better
 
 COST = ("parameters", "flops", "state_size", "peak_memory_mib", "samples_per_s", "train_seconds")
 
 
-def record_failure(folder: Path, cfg: DictConfig, error: BaseException) -> None:
-    """Leave why a job has no result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = OmegaConf.select(cfg, "attention.name", default="?")
-    write_json(
-        folder / "failure.json",
-        {
-            "task": OmegaConf.select(cfg, "task.name", default="?"),
-            "attention": name,
-            "seed": OmegaConf.select(cfg, "seed"),
-            "kind": type(error).__name__,
-            "reason": " ".join(str(error).split()) or type(error).__name__,
-        },
-    )
+def record_failure(sweep: Path, folder: Path, cfg: DictConfig, error: BaseException) -> None:
+    """Leave why a job has no result, and a table that says so; where even that finds no room, the error itself has to do."""
+    known = {
+        k: OmegaConf.select(cfg, f"{k}.name", default="?") for k in ("task", "data", "model", "attention")
+    }
+    reason = " ".join(str(error).split()) or type(error).__name__
+    try:
+        write_json(
+            folder / "failure.json",
+            known
+            | {
+                "protocol": OmegaConf.select(cfg, "protocol.name", default="?"),
+                "seed": OmegaConf.select(cfg, "seed"),
+                "kind": type(error).__name__,
+                "reason": reason,
+            },
+        )
+        write_leaderboard(sweep)
+    except OSError as second:
+        warnings.warn(f"the failure of {folder.name} could not be recorded: {second}", stacklevel=2)
 
 
 def collect(folders: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -64,6 +77,8 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "attention": attention,
             "protocol": protocol,
             "seeds": len(runs),
+            "protocol_detail": describe(runs[0].get("protocol_detail") or {"name": protocol}),
+            "search": _search(runs),
             "monitor": runs[0]["monitor"],
         }
         for metric in runs[0]["test"]:
@@ -93,82 +108,35 @@ def write_leaderboard(place: Path, folders: list[Path] | None = None) -> list[di
         place: Folder of the sweep.
         folders: Where to look for runs; `place` when left out.
     """
-    results, failures = collect(folders or [place])
-    rows = summarise(results)
-    write_atomic(place / "leaderboard.csv", lambda p: p.write_text(_csv(rows)))
-    write_atomic(place / "leaderboard.md", lambda p: p.write_text(markdown(rows, failures, results)))
-    figure = place / "leaderboard.png"
-    if rows:
-        write_atomic(figure, lambda p: draw(rows, p))
-    write_atomic(
-        place / "leaderboard.html",
-        lambda p: p.write_text(page(rows, failures, results, figure if rows else None)),
-    )
+    with _one_at_a_time(place):
+        results, failures = collect(folders or [place])
+        rows = summarise(results)
+        comparisons = compare(rows, results, failures)
+        write_atomic(place / "leaderboard.csv", lambda p: p.write_text(_csv(rows)))
+        text = markdown(rows, failures, results, comparisons)
+        write_atomic(place / "leaderboard.md", lambda p: p.write_text(text))
+        figure = place / "leaderboard.png"
+        if rows:
+            write_atomic(figure, lambda p: draw(rows, p))
+        text = page(rows, failures, results, comparisons, figure if rows else None)
+        write_atomic(place / "leaderboard.html", lambda p: p.write_text(text))
     return rows
 
 
-def markdown(
-    rows: list[dict[str, Any]], failures: list[dict[str, Any]], results: list[dict[str, Any]]
-) -> str:
-    lines = ["# Leaderboard", ""]
-    for task, data in dict.fromkeys((r["task"], r["data"]) for r in rows):
-        of_task = [r for r in rows if (r["task"], r["data"]) == (task, data)]
-        runs = [r for r in results if (r["task"], r["data"]) == (task, data)]
-        metrics = list(runs[0]["test"])
-        head = [
-            "attention",
-            "model",
-            "seeds",
-            *metrics,
-            "parameters",
-            "MFLOPs",
-            "state",
-            "peak MiB",
-            "samples/s",
-            "train s",
-        ]
-        lines += [f"## {task} on {data}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-        for r in of_task:
-            cells = [r["attention"], r["model"], r["seeds"], *(_with_interval(r, m) for m in metrics)]
-            cells += [f"{r['parameters']:,.0f}", f"{r['flops'] / 1e6:,.2f}"]
-            cells += ["-" if r["state_size"] is None else f"{r['state_size']:,.0f}"]
-            cells += [
-                "-" if r[k] is None else f"{r[k]:,.0f}"
-                for k in ("peak_memory_mib", "samples_per_s", "train_seconds")
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        for name, scores in runs[0].get("baselines", {}).items():
-            cells = [
-                f"*{name}*",
-                "baseline",
-                "",
-                *(f"{scores[m]:.4f}" if m in scores else "-" for m in metrics),
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |" + "  |" * 6)
-        slots = sorted({f"{r['attention']}: {r['slots']}" for r in of_task})
-        lines += [
-            "",
-            f"Test split; mean ± half width of the 95 % interval over seeds; protocol {of_task[0]['protocol']}.",
-            "",
-        ]
-        lines += ["Slots: " + " · ".join(slots) + ".", ""]
-    if failures:
-        lines += [
-            "## Without result",
-            "",
-            "| task | attention | seed | reason |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [f"| {f['task']} | {f['attention']} | {f['seed']} | {f['reason']} |" for f in failures]
-        lines.append("")
-    return "\n".join(lines)
+@contextmanager
+def _one_at_a_time(place: Path) -> Iterator[None]:
+    """Jobs that end together write one after the other, so that the last table holds them all."""
+    with open(place / ".leaderboard.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _with_interval(row: dict[str, Any], metric: str) -> str:
-    value, half = row.get(metric), row.get(f"{metric}_ci95")
-    if value is None:
-        return "-"
-    return f"{value:.4f}" + (f" ± {half:.4f}" if half is not None else "")
+def _search(runs: list[dict[str, Any]]) -> str:
+    found = runs[0].get("search")
+    if not found:
+        return ""
+    rates = ", ".join(f"{run['search']['best']:.3g}" for run in runs if run.get("search"))
+    return f"{found['name']}: {found['trials']} trials of {found['epochs']:g} of the epochs in [{found['low']:.2g}, {found['high']:.2g}], chose {rates}"
 
 
 def _rank(row: dict[str, Any]) -> tuple:

@@ -1,4 +1,4 @@
-"""Quality against cost: one panel per task, the Pareto front drawn through."""
+"""Quality against cost: one line of panels per task, the Pareto front drawn through."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.engine.report import higher_is_better
+
+COSTS = {"flops": ("MFLOPs a sample", 1e-6), "train_seconds": ("training time, s", 1.0)}
 
 
 def pareto(points: list[tuple[float, float]], larger_is_better: bool) -> list[int]:
@@ -22,7 +24,7 @@ def pareto(points: list[tuple[float, float]], larger_is_better: bool) -> list[in
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per task: its main metric with interval against FLOPs a sample; baselines are not drawn.
+    """Per task its main metric with interval against FLOPs a sample and against training time; baselines are not drawn.
 
     Args:
         rows: Rows of `leaderboard.summarise`.
@@ -30,36 +32,36 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys((row["task"], row["data"]) for row in rows))
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained")
-    for axes, task in zip(figure.subplots(lines, columns, squeeze=False).flat, tasks, strict=False):
-        of_task = [r for r in rows if (r["task"], r["data"]) == task and r.get(r["monitor"]) is not None]
-        metric = of_task[0]["monitor"] if of_task else ""
-        points = [(r["flops"] / 1e6, r[metric]) for r in of_task]
-        for row, (x, y) in zip(of_task, points, strict=True):
-            control = row["attention"] == "none"
-            axes.errorbar(
-                x,
-                y,
-                yerr=row.get(f"{metric}_ci95"),
-                fmt="x" if control else "o",
-                ms=5,
-                capsize=2,
-                lw=1,
-                color="0.5" if control else "C0",
+    tasks = list(dict.fromkeys((row["task"], row["data"], row["protocol"]) for row in rows))
+    figure = Figure(figsize=(4.8 * len(COSTS), 3.6 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(COSTS), squeeze=False)
+    for line, place in zip(panels, tasks, strict=True):
+        of_task = [r for r in rows if (r["task"], r["data"], r["protocol"]) == place]
+        for axes, (cost, (label, factor)) in zip(line, COSTS.items(), strict=True):
+            _panel(
+                axes, [r for r in of_task if r.get(r["monitor"]) is not None and r.get(cost)], cost, factor
             )
-            axes.annotate(row["attention"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        front = pareto(points, higher_is_better(metric))
-        axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="C1", lw=1, zorder=0)
-        if points and max(x for x, _ in points) > 5 * min(x for x, _ in points) > 0:
-            axes.set_xscale("log")
-        arrow = "higher is better" if higher_is_better(metric) else "lower is better"
-        axes.set(title=" on ".join(task), xlabel="MFLOPs a sample", ylabel=f"test {metric} ({arrow})")
-        axes.margins(0.15)
-    for axes in figure.axes[len(tasks) :]:
+            axes.set_xlabel(label)
+        line[0].set_title(" on ".join(place[:2]) + ("" if place[2] == "equal_steps" else f" ({place[2]})"))
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _panel(axes: Any, rows: list[dict[str, Any]], cost: str, factor: float) -> None:
+    if not rows:
         axes.axis("off")
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=120, format="png")
+        return
+    metric = rows[0]["monitor"]
+    points = [(r[cost] * factor, r[metric]) for r in rows]
+    for row, (x, y) in zip(rows, points, strict=True):
+        control = row["attention"] == "none"
+        color, mark = ("0.5", "x") if control else ("C0", "o")
+        axes.errorbar(x, y, yerr=row.get(f"{metric}_ci95"), fmt=mark, ms=5, capsize=2, lw=1, color=color)
+        axes.annotate(row["attention"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    front = pareto(points, higher_is_better(metric))
+    axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color="C1", lw=1, zorder=0)
+    if max(x for x, _ in points) > 5 * min(x for x, _ in points) > 0:
+        axes.set_xscale("log")
+    arrow = "higher is better" if higher_is_better(metric) else "lower is better"
+    axes.set_ylabel(f"test {metric} ({arrow})")
+    axes.margins(0.15)
+    axes.grid(alpha=0.25)

@@ -7,6 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tasks.engine.comparison import Comparison
+from tasks.engine.leaderboard_figure import pareto
+from tasks.engine.leaderboard_text import ranking_note, tie
 from tasks.engine.report import higher_is_better
 
 STYLE = """
@@ -16,12 +19,13 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-td.text, th.text { text-align: left; white-space: normal; min-width: 12rem; }
+td.text, th.text { text-align: left; white-space: normal; min-width: 17rem; }
 th button { font: inherit; font-weight: 600; background: none; border: 0; color: inherit; cursor: pointer; padding: 0; }
-th button:focus-visible, input:focus-visible { outline: 2px solid #2a6fd6; outline-offset: 2px; }
+th button:focus-visible, input:focus-visible, select:focus-visible, .scroll:focus-visible { outline: 2px solid #2a6fd6; outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
 tr.baseline td { opacity: .7; font-style: italic; } td.best { background: var(--best); font-weight: 600; }
-input { font: inherit; padding: .3rem .5rem; width: 16rem; max-width: 100%; } img { max-width: 100%; height: auto; background: #fff; }
+input[type=search], select { font: inherit; padding: .3rem .5rem; max-width: 100%; } form { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; }
+.note { opacity: .8; max-width: 60rem; } td.none { opacity: .7; } code { overflow-wrap: anywhere; } img { max-width: 100%; height: auto; background: #fff; }
 """
 
 SCRIPT = """
@@ -42,11 +46,18 @@ for (const table of document.querySelectorAll('table.sortable')) {
     table.tBodies[0].append(...rows);
   });
 }
-document.getElementById('filter').addEventListener('input', event => {
-  const wanted = event.target.value.toLowerCase().split(/[ ,]+/).filter(Boolean);
-  for (const row of document.querySelectorAll('tbody tr'))
-    row.hidden = wanted.length > 0 && !wanted.some(w => row.textContent.toLowerCase().includes(w));
+const form = document.querySelector('form');
+form.addEventListener('input', () => {
+  const wanted = form.words.value.toLowerCase().split(/[ ,]+/).filter(Boolean);
+  for (const row of document.querySelectorAll('tbody tr')) {
+    const unwanted = wanted.length > 0 && !wanted.some(w => row.textContent.toLowerCase().includes(w));
+    row.hidden = unwanted || (form.baselines.checked && row.classList.contains('baseline')) ||
+      (form.front.checked && 'front' in row.dataset && !row.dataset.front);
+  }
+  for (const part of document.querySelectorAll('section[data-task]'))
+    part.hidden = form.task.value !== '' && part.dataset.task !== form.task.value;
 });
+form.addEventListener('submit', event => event.preventDefault());
 """
 
 COST = {
@@ -63,6 +74,7 @@ def page(
     rows: list[dict[str, Any]],
     failures: list[dict[str, Any]],
     results: list[dict[str, Any]],
+    comparisons: list[Comparison],
     figure: Path | None,
 ) -> str:
     """The whole page as text.
@@ -71,17 +83,18 @@ def page(
         rows: Rows of `leaderboard.summarise`, best first within a task.
         failures: Runs without a result.
         results: The results behind the rows; baselines, versions and commands come from them.
+        comparisons: Of `comparison.compare`, one per protocol.
         figure: PNG to embed.
     """
     parts = [
         f"<p>{len(results)} runs, {len(failures)} without result. Test split; mean ± half width of the 95 % interval.</p>"
     ]
-    parts.append(
-        '<p><label>Show rows with <input id="filter" type="search" placeholder="mala softmax"></label></p>'
-    )
-    for task, data in dict.fromkeys((row["task"], row["data"]) for row in rows):
-        of_table = [[r for r in group if (r["task"], r["data"]) == (task, data)] for group in (rows, results)]
-        parts.append(_task(task, *of_table))
+    parts.append(_filters(list(dict.fromkeys(row["task"] for row in rows))))
+    for comparison in comparisons:
+        parts.append(_comparison(comparison))
+    for place in dict.fromkeys((row["task"], row["data"], row["protocol"]) for row in rows):
+        of_table = [[r for r in g if (r["task"], r["data"], r["protocol"]) == place] for g in (rows, results)]
+        parts.append(_task(place[0], *of_table))
     if figure is not None and figure.exists():
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append("<h2>Quality against cost</h2>")
@@ -91,11 +104,14 @@ def page(
     if failures:
         parts.append("<h2>Without result</h2>" + _failures(failures))
     if results:
-        versions = ", ".join(f"{k} {v}" for k, v in results[0].get("versions", {}).items())
+        versions = dict.fromkeys(
+            ", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items()) for r in results
+        )
         commands = "".join(
             f"<li><code>{escape(c)}</code></li>" for c in dict.fromkeys(r["command"] for r in results)
         )
-        parts.append(f"<h2>How it was made</h2><p>{escape(versions)}</p><ul>{commands}</ul>")
+        lines = "".join(f"<p>{escape(v)}</p>" for v in versions)
+        parts.append(f"<h2>How it was made</h2>{lines}<ul>{commands}</ul>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
@@ -103,10 +119,77 @@ def page(
     )
 
 
+def _filters(tasks: list[str]) -> str:
+    options = "".join(f'<option value="{escape(t)}">{escape(t)}</option>' for t in tasks)
+    return (
+        '<form><label>Show rows with <input name="words" type="search" placeholder="mala softmax"></label>'
+        f'<label>Task <select name="task"><option value="">all</option>{options}</select></label>'
+        '<label><input name="baselines" type="checkbox"> hide baselines</label>'
+        '<label><input name="front" type="checkbox"> Pareto front only</label></form>'
+    )
+
+
+def _comparison(comparison: Comparison) -> str:
+    """Matrix, ranks and paired differences of one protocol."""
+    heads = ["attention", *(f"{t}: {m}" for t, m in zip(comparison.tasks, comparison.metrics, strict=True))]
+    body = []
+    for variant, cells in comparison.matrix.items():
+        tds = [
+            f'<td class="{"best" if c.best else "none" if c.value is None else ""}" title="{escape(c.why)}"'
+            + (f' data-value="{c.value}"' if c.value is not None else "")
+            + f">{escape(c.text)}</td>"
+            for c in cells
+        ]
+        body.append(f"<tr>{_cell(variant)}{''.join(tds)}</tr>")
+    notes = "".join(f"<li>[{i}] {escape(n)}</li>" for i, n in enumerate(comparison.notes, 1))
+    parts = [
+        f"<h2>Protocol {escape(comparison.protocol)}: every variant on every task</h2>",
+        _table(heads, body),
+        f"<ul class='note'>{notes}</ul>" if notes else "",
+        "<h3>Ranks over tasks</h3>",
+    ]
+    ranking = comparison.ranking
+    body = []
+    for variant, (index, tasks) in comparison.index.items():
+        rank = ranking.ranks.get(variant) if ranking else None
+        shown = _number(rank, None, "")
+        body.append(
+            f"<tr>{_cell(variant)}{shown}{_cell(tie(ranking, variant))}{_number(index, None, '')}{_cell(tasks)}</tr>"
+        )
+    heads = ["attention", "mean rank", "not told from the best", "compositional index", "tasks"]
+    parts += [_table(heads, body), f'<p class="note">{escape(ranking_note(comparison))}</p>']
+    if comparison.against:
+        body = [
+            f"<tr>{_cell(variant)}{_cell(task)}{_number(mean, None, '')}{_cell(f'{low:+.4g} to {high:+.4g}')}</tr>"
+            for (task, variant), (mean, low, high) in comparison.against.items()
+        ]
+        heads = ["attention", "task", "better than softmax by", "95 % interval"]
+        parts += ["<h3>Paired differences over seeds</h3>", _table(heads, body)]
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _table(heads: list[str], body: list[str]) -> str:
+    head = "".join(f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads)
+    return (
+        '<div class="scroll" tabindex="0"><table class="sortable">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
 def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     metrics = list(runs[0]["test"])
     monitor = rows[0]["monitor"]
-    heads = ["attention", "model", "seeds", *metrics, *(label for label, _, _ in COST.values()), "slots"]
+    heads = [
+        "attention",
+        "model",
+        "seeds",
+        *metrics,
+        *(label for label, _, _ in COST.values()),
+        "front",
+        "slots",
+        "protocol",
+    ]
+    cheap = _front(rows, monitor)
     body = []
     for place, row in enumerate(rows):
         cells = [_cell(row["attention"]), _cell(row["model"]), _cell(row["seeds"])]
@@ -120,8 +203,11 @@ def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
                 if value is None
                 else f'<td data-value="{value}">{value * factor:,.{digits}f}</td>'
             )
+        cells.append(_cell("yes" if place in cheap else ""))
         cells.append(f'<td class="text">{escape(row["slots"])}</td>')
-        body.append(f"<tr>{''.join(cells)}</tr>")
+        detail = "; ".join(filter(None, (row["protocol_detail"], row["search"])))
+        cells.append(f'<td class="text">{escape(detail)}</td>')
+        body.append(f'<tr data-front="{"yes" if place in cheap else ""}">{"".join(cells)}</tr>')
     for name, scores in runs[0].get("baselines", {}).items():
         cells = [
             _cell(name),
@@ -129,14 +215,20 @@ def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
             "<td></td>",
             *(_number(scores.get(m), None, "") for m in metrics),
         ]
-        body.append(f'<tr class="baseline">{"".join(cells)}{"<td></td>" * (len(COST) + 1)}</tr>')
+        body.append(f'<tr class="baseline">{"".join(cells)}{"<td></td>" * (len(COST) + 3)}</tr>')
     direction = "higher" if higher_is_better(monitor) else "lower"
-    note = f"Ordered by {escape(monitor)}, {direction} is better. Protocol: {escape(str(rows[0]['protocol']))}. Data: {escape(str(rows[0]['data']))}."
-    head = "".join(f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads)
+    note = f"Ordered by {escape(monitor)}, {direction} is better. Protocol: {escape(str(rows[0]['protocol']))}. Front: no row with fewer FLOPs is as good."
     return (
-        f'<h2>{escape(task)} on {escape(str(rows[0]["data"]))}</h2><p>{note}</p><div class="scroll" tabindex="0"><table class="sortable">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<section data-task="{escape(task)}"><h2>{escape(task)} on {escape(str(rows[0]["data"]))}</h2><p>{note}</p>'
+        f"{_table(heads, body)}</section>"
     )
+
+
+def _front(rows: list[dict[str, Any]], monitor: str) -> set[int]:
+    """Places of the rows that no cheaper one (in FLOPs a sample) matches."""
+    known = [i for i, r in enumerate(rows) if r.get(monitor) is not None]
+    points = [(rows[i]["flops"], rows[i][monitor]) for i in known]
+    return {known[i] for i in pareto(points, higher_is_better(monitor))}
 
 
 def _failures(failures: list[dict[str, Any]]) -> str:

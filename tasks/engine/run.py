@@ -84,7 +84,7 @@ def train(cfg: DictConfig, folder: Path) -> Fitted:
         if not keep and is_main_process():
             write_atomic(folder / "config.yaml", lambda p, c=cfg: OmegaConf.save(c, p, resolve=True))
         try:
-            return _train_once(cfg, folder)
+            return _train_once(cfg, folder, keep)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -95,7 +95,7 @@ def train(cfg: DictConfig, folder: Path) -> Fitted:
         keep = True
 
 
-def _train_once(cfg: DictConfig, folder: Path) -> Fitted:
+def _train_once(cfg: DictConfig, folder: Path, keep: bool) -> Fitted:
     L.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
     if cfg.trainer.threads:
@@ -111,7 +111,7 @@ def _train_once(cfg: DictConfig, folder: Path) -> Fitted:
     flops = count_flops(task.model, *task.example_inputs())
     began = time.perf_counter()
     last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(task, datamodule=data, ckpt_path=last if last.exists() else None)
+    trainer.fit(task, datamodule=data, ckpt_path=last if keep and last.exists() else None)
     seconds = time.perf_counter() - began
     budget.report(protocol, trainer)
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}

@@ -2,8 +2,12 @@
 
 import pytest
 
+from tasks.engine.comparison import compare
 from tasks.engine.leaderboard import mean_interval, summarise
 from tasks.engine.leaderboard_figure import pareto
+from tasks.engine.leaderboard_page import page
+from tasks.engine.leaderboard_text import markdown
+from tasks.engine.statistics import compositional_index, paired_bootstrap, rank
 
 
 def result(attention, seed, accuracy, task="vit"):
@@ -12,6 +16,7 @@ def result(attention, seed, accuracy, task="vit"):
         "data": "digits",
         "model": "vit",
         "attention": attention,
+        "headline": [],
         "protocol": "equal_steps",
         "seed": seed,
         "monitor": "accuracy",
@@ -53,3 +58,67 @@ def test_pareto_front():
     points = [(1, 0.5), (2, 0.4), (3, 0.8), (3, 0.7), (4, 0.8)]
     assert pareto(points, larger_is_better=True) == [0, 2]
     assert pareto(points, larger_is_better=False) == [0, 1]
+
+
+def test_ranks_and_critical_difference():
+    """Demsar's worked example has k = 4 and N = 14: critical difference 1.25 at 5 %."""
+    scores = {f"task{i}": {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0} for i in range(14)}
+    ranking = rank(scores)
+    assert ranking.ranks == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    assert ranking.critical == pytest.approx(1.25, abs=0.01) and ranking.p < 1e-6
+    assert ranking.tied_with_best == ["a", "b"]
+    scores["task0"].pop("d")  # not everywhere: not ranked
+    assert set(rank(scores).ranks) == {"a", "b", "c"}
+    assert rank({"t": {"a": 1.0, "b": 1.0}}).ranks == {"a": 1.5, "b": 1.5}
+    assert rank({"t": {"a": 1.0}}) is None and rank({}) is None
+
+
+def test_paired_bootstrap_sees_what_pairing_shows():
+    noise = {s: float(s) for s in range(5)}
+    mean, low, high = paired_bootstrap({s: v + 0.1 for s, v in noise.items()}, noise)
+    assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) == pytest.approx(high)
+    mean, low, high = paired_bootstrap({0: 1.0, 1: -1.0, 2: 0.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+    assert low < 0 < high
+    assert paired_bootstrap({0: 1.0, 1: 1.0}, noise) is None
+
+
+def test_compositional_index_by_hand():
+    metrics = {
+        "vit": {
+            "accuracy": {"a": 1.0, "b": 0.0},
+            "loss": {"a": -3.0, "b": -1.0},
+        },  # z: a +1 and -1, b -1 and +1
+        "pinn": {"rel_l2": {"a": -1.0, "b": -2.0, "c": -3.0}},  # z: +-1.2247
+    }
+    index = compositional_index(metrics)
+    assert index["a"] == (pytest.approx(0.5 * 1.2247, abs=1e-4), 2)
+    assert index["b"] == (pytest.approx(0.0), 2) and index["c"] == (pytest.approx(-1.2247, abs=1e-4), 1)
+    assert list(index) == ["a", "b", "c"]
+
+
+def test_every_cell_of_the_matrix_is_a_number_or_a_reason(tmp_path):
+    results = [result(a, s, v + s / 10) for a, v in (("softmax", 0.5), ("mala", 0.7)) for s in range(3)]
+    results += [result("softmax", 0, 0.2, "traffic")]
+    results[0]["slots"] = [{"slot": "cross", "attention": "linear"}]
+    failures = [
+        {
+            "task": "traffic",
+            "attention": "mala",
+            "seed": 0,
+            "kind": "CapabilityError",
+            "reason": "takes no bias",
+        }
+    ]
+    rows = summarise(results)
+    (comparison,) = compare(rows, results, failures)
+    texts = {v: [c.text for c in cells] for v, cells in comparison.matrix.items()}
+    assert comparison.tasks == ["traffic", "vit"]
+    assert texts["mala"] == ["no result [1]", "0.8 ± 0.25"] and comparison.notes[0] == "takes no bias"
+    assert texts["softmax"][1].startswith("0.6 ± 0.25 [2]") and "cross=linear" in comparison.notes[1]
+    assert comparison.matrix["mala"][1].best and not comparison.matrix["softmax"][1].best
+    assert comparison.against["vit", "mala"][0] == pytest.approx(0.2)
+    text = markdown(rows, failures, results, [comparison])
+    assert "| mala | no result [1] | **0.8 ± 0.25** |" in text and "[1] takes no bias" in text
+    html = page(rows, failures, results, [comparison], None)
+    assert "no result [1]" in html and html.count("<section") == 3
+    assert comparison.ranking is None, "mala has no result in one of the tasks"
