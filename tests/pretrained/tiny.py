@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "detr": (
         "plain_detr",
         {"image_size": 32, "num_classes": 3, "padded": True, "stem_width": 8, "dim": 16, "queries": 6}
-        | {"encoder_depth": 1, "decoder_depth": 2, "num_heads": 2, "many_queries": 4, "box_hidden": 8},
+        | {"encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "many_queries": 4, "box_hidden": 8},
         {"preprocessing": IMAGE | {"size": [32, 32]}, "labels": ["a", "b", "c"]},
     ),
     "segmentation": (

@@ -46,6 +46,7 @@ def test_transfer_brings_the_outputs_nearer(objective, attention):
     untaught, before = convert(model, attention)
     taught, report = convert(model, attention, calibrate=batches, objective=objective, epochs=15)
     assert not before.losses and min(report.losses) < 0.97 * report.losses[0]
+    assert not any(module.training for module in taught.modules())
     if attention == "mala":
         assert any("gate" in name for name in report.new) and len(report.kept) == 8
         images = torch.randn(8, 1, 14, 14)

@@ -7,11 +7,9 @@ card beside it says how to prepare the input and what the labels are.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, ZooError, unknown
-from zoo.programs.parts import BATCH, Part, parts_of
+from zoo.errors import ConfigError, unknown
 from zoo.pretrained.weights import load_model, sha256
+from zoo.programs.compare import ExportError, compare, first_line, quiet
+from zoo.programs.parts import BATCH, Part, parts_of
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 TOLERANCE = 1e-4
 # A prime that no layer has as a width: a trace decides "is the batch as wide as that?" by its example.
-EXAMPLE_BATCH, CHECKED_BATCHES = 13, (1, 4)
-
-
-class ExportError(ZooError, RuntimeError):
-    """A model that cannot be exported, or whose program gives other results."""
+EXAMPLE_BATCH = 13
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def export(
                 raise ExportError(f"{about} ties its program to one batch size; give one with --batch N")
             draft = Path(folder) / file.name
             _write(program, part, draft, format, fixed, about)
-            difference = _compare(part, draft, format, batch, fixed, tolerance, about)
+            difference = compare(part, draft, format, batch, fixed, tolerance, about)
             written.append(Exported(file, difference, () if batch else fixed))
             programs[file.name] = _describe(part, program, fixed, draft, difference)
         kept = ("task", "kind", "model", "attention", "preprocessing", "labels", "licence", "metrics")
@@ -110,24 +105,29 @@ def _labels(part: Part) -> list[str]:
 
 
 def _trace(part: Part, batch: int | None, about: str) -> torch.export.ExportedProgram:
-    """The part as a graph; axes are free where the model allows it."""
+    """The part as a graph; axes are free where the model allows it, the batch before all."""
     inputs = part.draw(batch or EXAMPLE_BATCH, part.lengths[0] if part.lengths else 0)
-    free = {} if batch else part.axes
-    shapes: Any = tuple(
-        {axis: torch.export.Dim.AUTO for axis in free.get(name, {})} or None for name in inputs
-    )
-    names = list(inputs)
-    if _takes_anything(part.module):
-        shapes = (shapes,)
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(part.module, tuple(inputs.values()), dynamic_shapes=shapes)
-    except Exception as error:  # whatever the tracer or the traced code raises
-        where = re.findall(r'File "[^"]*?((?:zoo|kernels)/[^"]+)", line (\d+)', str(error))
-        place = f" at {where[-1][0]}:{where[-1][1]}" if where else ""
-        raise ExportError(
-            f"{about}: torch.export cannot trace inputs {', '.join(names)}{place}: {_first_line(error)}"
-        ) from error
+    labels = [] if batch else _labels(part)
+    attempts = [labels, [BATCH]] if labels not in ([], [BATCH]) else [labels]
+    with quiet(), torch.no_grad():
+        # Fills the models' caches of tables: filled by a trace, they would keep its tensors without values.
+        part.module(*inputs.values())
+        for wanted in attempts:
+            free = tuple(
+                {a: torch.export.Dim.AUTO for a, label in part.axes.get(name, {}).items() if label in wanted}
+                or None
+                for name in inputs
+            )
+            shapes: Any = (free,) if _takes_anything(part.module) else free
+            try:
+                return torch.export.export(part.module, tuple(inputs.values()), dynamic_shapes=shapes)
+            except Exception as error:  # whatever the tracer or the traced code raises
+                failure = error
+    found = re.findall(r'File "[^"]*?((?:zoo|kernels)/[^"]+)", line (\d+)', str(failure))
+    place = f" at {found[-1][0]}:{found[-1][1]}" if found else ""
+    raise ExportError(
+        f"{about}: torch.export cannot trace inputs {', '.join(inputs)}{place}: {first_line(failure)}"
+    ) from failure
 
 
 def _takes_anything(module: nn.Module) -> bool:
@@ -169,7 +169,7 @@ def _write(
     _need("onnx", "onnxscript", "onnxruntime")
     names = list(part.draw(1, part.lengths[0] if part.lengths else 0))
     try:
-        with _quiet():
+        with quiet():
             found = torch.onnx.export(
                 program, dynamo=True, input_names=names, output_names=list(part.outputs), verbose=False
             )
@@ -183,74 +183,8 @@ def _write(
             found.save(path, external_data=False)
     except Exception as error:  # the converter's errors have no common public class
         operators = re.findall(r"(?:aten|zoo)[.:]+\w+(?:\.\w+)?", _chain(error))
-        reason = f"operator {operators[0]} has no form in ONNX" if operators else _first_line(error)
+        reason = f"operator {operators[0]} has no form in ONNX" if operators else first_line(error)
         raise ExportError(f"{about}: {reason}; --format torch_export does not need one") from error
-
-
-def _compare(
-    part: Part,
-    path: Path,
-    format: str,
-    batch: int | None,
-    fixed: tuple[str, ...],
-    tolerance: float,
-    about: str,
-) -> float:
-    """Largest difference between model and written program; every free axis takes several sizes."""
-    run = _runner(path, format)
-    lengths = part.lengths[:1] if batch or "length" in fixed else part.lengths
-    worst = 0.0
-    for size in (batch,) if batch else CHECKED_BATCHES:
-        for length in lengths or (0,):
-            inputs = part.draw(size, length)
-            with torch.no_grad():
-                wanted = part.module(*inputs.values())
-            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-            try:
-                found = run(inputs)
-            except Exception as error:
-                raise ExportError(
-                    f"{about}: the program does not run with batch {size}, length {length}: {_first_line(error)}"
-                ) from error
-            for name, a, b in zip(part.outputs, wanted, found, strict=True):
-                difference = _distance(a, b)
-                worst = max(worst, difference)
-                if not difference <= tolerance * max(1.0, float(a.abs().max())):
-                    raise ExportError(
-                        f"{about}: output {name!r} of the program differs from the model's by {difference:.3g}, more than "
-                        f"the tolerance {tolerance:g}; nothing was written"
-                    )
-    return worst
-
-
-def _distance(wanted: Tensor, found: Tensor) -> float:
-    if wanted.shape != found.shape:
-        return float("inf")
-    a, b = wanted.double(), found.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf")).max()) if a.numel() else 0.0
-
-
-def _runner(path: Path, format: str) -> Any:
-    """A function from inputs by name to a list of outputs."""
-    if format == "torch_export":
-        with _quiet():
-            program = torch.export.load(path).module()
-
-        def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-            with torch.no_grad():
-                out = program(*inputs.values())
-            return list(out) if isinstance(out, (tuple, list)) else [out]
-
-        return run
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    taken = {value.name for value in session.get_inputs()}  # an input that nothing reads is dropped
-    return lambda inputs: [
-        torch.from_numpy(out)
-        for out in session.run(None, {k: v.numpy() for k, v in inputs.items() if k in taken})
-    ]
 
 
 def _describe(
@@ -297,32 +231,12 @@ def _need(*packages: str) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def _chain(error: BaseException | None) -> str:
     parts = []
     while error is not None:
         parts.append(str(error))
         error = error.__cause__ or error.__context__
     return "\n".join(parts)
-
-
-class _quiet:
-    """Keep the exporters' advice for their own developers off the screen."""
-
-    def __enter__(self) -> None:
-        self.disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *exc: object) -> None:
-        self.warnings.__exit__(*exc)
-        logging.disable(self.disabled)
 
 
 __all__ = ["ExportError", "Exported", "export"]
