@@ -112,6 +112,7 @@ def _error_map(path: Path, data: Any, forecast: np.ndarray, target: np.ndarray, 
     dots = axes.scatter(places[:, 1], places[:, 0], c=error / np.maximum(total, 1e-9), s=80, cmap="viridis")
     figure.colorbar(dots, label="sum of absolute errors / sum of readings")
     axes.set(xlabel="longitude", ylabel="latitude", title="Relative error by sensor, test split")
+    axes.ticklabel_format(useOffset=False)
     figure.savefig(path, dpi=110)
     return path
 
@@ -172,5 +173,6 @@ def _attention_map(path: Path, model: nn.Module, data: Any) -> Path | None:
         ylabel="latitude",
         title="Attention between sensors, test split: arrows to the listener,\ndots by attention received",
     )
+    axes.ticklabel_format(useOffset=False)
     figure.savefig(path, dpi=110)
     return path

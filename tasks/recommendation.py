@@ -169,7 +169,7 @@ class Recommendation(ZooTask):
             hits = [(ranks[group == g] <= 10).float().mean().item() for g in group.unique()]
             names = [f"{int(value[group == g].min())}-{int(value[group == g].max())}" for g in group.unique()]
             axes.bar(names, hits)
-            axes.set(xlabel=label, ylabel="HR@10", title=f"HR@10 by {label}")
+            axes.set(xlabel=label, ylabel="HR@10")
             axes.tick_params(axis="x", rotation=30)
         written = [folder / "ranking.png"]
         figure.savefig(written[0], dpi=130)

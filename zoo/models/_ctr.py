@@ -46,6 +46,16 @@ class EventTables(nn.Module):
         age = self.age(_age_row(ages)).expand(*items.shape, -1)
         return torch.cat((self.item(items), self.category(categories), age), -1)
 
+    def inner(self, query: Tensor, items: Tensor, categories: Tensor, ages: Tensor) -> Tensor:
+        """Inner products of queries [B, 3 * width] with behaviours [B, M], ages [1, M], none of which is embedded whole.
+
+        Categories and ages are few: their products are taken once per row of the table and then looked up.
+        """
+        by_item, by_category, by_age = query.split(self.width, 1)
+        out = torch.bmm(self.item(items), by_item[:, :, None])[..., 0]
+        out += (by_category @ self.category.weight.T).gather(1, categories)
+        return out.add_(by_age @ self.age(_age_row(ages[0])).T)
+
 
 def _age_row(ages: Tensor) -> Tensor:
     over = (ages.clamp_min(1).float() / AGES).log2().clamp(0.0, 15.5) * 2
@@ -113,13 +123,21 @@ class TargetAttention(nn.Module):
         out = self.attn((query * self.scale)[:, None], keys, values, key_mask=mask)
         return self.lift(out[:, 0])
 
+    @property
+    def maps(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """Maps of queries and keys into the space that attention compares in; None where that is the table's own.
+
+        Variants with several sets of keys have no single space: the table's own serves.
+        """
+        q, k = (getattr(self.attn, name, None) for name in ("q", "k"))
+        linear = isinstance(q, nn.Linear) and isinstance(k, nn.Linear)
+        return (q, k) if linear and q.out_features == k.out_features else None
+
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """Inner products in the space that attention compares in, [B, W] and [B, M, W] -> [B, M]."""
         query = query * self.scale
-        maps = [getattr(self.attn, name, None) for name in ("q", "k")]
-        # Variants with several sets of keys have no single space to compare in: the table's own serves.
-        if all(isinstance(m, nn.Linear) for m in maps) and maps[0].out_features == maps[1].out_features:
-            query, keys = maps[0](query), maps[1](keys)
+        if self.maps:
+            query, keys = self.maps[0](query), self.maps[1](keys)
         return (keys @ query[:, :, None])[..., 0] / math.sqrt(query.shape[-1])
 
 
@@ -203,7 +221,11 @@ class ClickModel(nn.Module):
     def search_scores(self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor) -> Tensor:
         """By what the search orders behaviours, [B, M]; by default the score of the attention itself."""
         zero, ages = self._ages(items)
-        return self.target.scores(self.compare(item, category, zero), self.compare(items, categories, ages))
+        query = self.compare(item, category, zero)
+        if self.target.maps:
+            return self.target.scores(query, self.compare(items, categories, ages))
+        query = query * (self.target.scale / math.sqrt(query.shape[-1]))
+        return self.compare.inner(query, items, categories, ages)
 
     def search(
         self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor
