@@ -109,30 +109,26 @@ def test_packages_of_others_join_by_their_metadata(tmp_path):
     assert done.stdout.split() == ["cold"]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import zoo",
-        "from zoo.__main__ import main; [main(['list', kind]) for kind in ('attention', 'models', 'weights')]",
-    ],
-    ids=["import", "list"],
-)
-def test_what_is_not_imported(code):
-    """What would make `import zoo` and the listings slow."""
-    heavy = "lightning timm torch_geometric torchaudio torchvision wandb hydra pandas scipy sklearn matplotlib PIL triton onnx huggingface_hub torchmetrics torch._dynamo torch._inductor"
-    check = f"import torch, sys; before = set(sys.modules)\n{code}\nprint([n for n in {heavy.split()!r} if n in set(sys.modules) - before])"
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+HEAVY = (
+    "lightning timm torch_geometric torchaudio torchvision wandb hydra pandas scipy sklearn matplotlib PIL triton onnx "
+    "huggingface_hub torchmetrics torch._dynamo torch._inductor"
+).split()
 
 
-def test_exported_names_are_no_modules():
-    """A function named like a module would be hidden by it at the second use."""
+def test_what_is_not_imported_and_what_is_exported():
+    """What would make `import zoo` and `zoo list` slow; and a function named like a module would be hidden by it."""
     code = (
+        "import torch, sys\n"
+        "before = set(sys.modules)\n"
+        f"late = lambda: sorted(set({HEAVY!r}) & (set(sys.modules) - before))\n"
         "import zoo\n"
-        "for name in zoo.__all__[1:]:\n    assert callable(getattr(zoo, name)) and callable(getattr(zoo, name)), name\n"
+        "assert len(set(sys.modules) - before) < 10 and not late(), late()\n"
+        "from zoo.__main__ import main\n"
+        "for kind in ('attention', 'models', 'weights'):\n"
+        "    main(['list', kind])\n"
+        "    assert not late(), (kind, late())\n"
+        "for name in zoo.__all__[1:]:\n"
+        "    assert callable(getattr(zoo, name)) and callable(getattr(zoo, name)), name\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

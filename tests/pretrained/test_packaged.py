@@ -31,6 +31,7 @@ def test_card_is_complete(name):
         "preprocessing",
         "data",
         "metrics",
+        "interval",
         "baselines",
         "licence",
         "command",
@@ -49,3 +50,20 @@ def test_metrics_are_reproduced(name):
         pytest.skip(f"its data cannot be fetched here: {error}")
     for metric, value in card.items():
         assert agrees(value, now[metric]), metric
+
+
+def test_verify_goes_on_after_weights_that_cannot_be_verified(tmp_path, capsys, monkeypatch):
+    from tiny import tiny_weights
+
+    from zoo.cli import verify
+
+    good = {"loss": 0.5, "accuracy": 0.9}
+    broken = str(tiny_weights("vit", tmp_path))  # its card has no configuration to repeat the test with
+    honest = verify.reproduce
+    results = {"good": (good, good), "worse": (good, {"loss": 0.5, "accuracy": 0.91})}
+    monkeypatch.setattr(verify, "reproduce", lambda name: results.get(name) or honest(name))
+    assert verify.main([broken, "good", "worse"]) == 1
+    lines = capsys.readouterr()[0].splitlines()
+    assert "NOT VERIFIED" in lines[0] and "holds no configuration" in lines[0]
+    assert [line.endswith("DIFFERS") for line in lines[1:]] == [False, False, False, True]
+    assert verify.main(["good"]) == 0

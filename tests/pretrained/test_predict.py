@@ -65,6 +65,6 @@ def test_commands_run_nothing_that_a_pickle_asks_for(tmp_path, capsys, suffix):
     with pytest.raises(WeightsError, match="safetensors.torch.save_file"):
         zoo.load(path)
     for command in (["predict", str(path), "a.png"], ["verify", str(path)], ["export", str(path)]):
-        assert main(command) == 2
-        assert "safetensors" in capsys.readouterr()[1]
+        assert main(command) > 0
+        assert "safetensors.torch.save_file" in "".join(capsys.readouterr())
     assert not (tmp_path / "executed").exists()
