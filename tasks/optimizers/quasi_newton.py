@@ -53,7 +53,7 @@ class QuasiNewton(torch.optim.Optimizer):
         self.size = sum(p.numel() for p in self._params)
         if method != "lbfgs" and self.size > DENSE_LIMIT:
             raise ConfigError(
-                f"{method} keeps a dense {self.size} x {self.size} matrix ({self.size**2 * 8 / 2**20:.0f} MiB); up to "
+                f"{method} keeps half of a {self.size} x {self.size} matrix ({self.size**2 * 4 / 2**20:.0f} MiB); up to "
                 f"{DENSE_LIMIT} parameters are allowed: use second=lbfgs or a smaller model"
             )
         self.method, self.history = method, history
