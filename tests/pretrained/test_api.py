@@ -132,3 +132,13 @@ def test_what_is_not_imported_and_what_is_exported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_listing_says_how_good_weights_are(local, capsys):
+    from zoo.__main__ import main
+
+    assert main(["list", "weights", "--attention", "linear"]) == 0
+    assert capsys.readouterr()[0].split()[:3] == ["vit_micro_linear.tiny", "vit", "loss"]
+    assert main(["list", "models", "--task", "ctr", "--attention", "softmax"]) == 0
+    assert {"dare", "din"} <= set(capsys.readouterr()[0].split())
+    assert main(["list", "weights", "--task", "asr"]) == 0

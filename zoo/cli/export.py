@@ -37,4 +37,4 @@ def main(argv: list[str]) -> int:
 def export_name(weights: str) -> str:
     """Stem of the exported file: of a name or file its own, of a run folder the folder's."""
     path = Path(weights)
-    return path.resolve().name if path.is_dir() else path.name.removesuffix(".safetensors").rsplit("/", 1)[-1]
+    return path.resolve().name if path.is_dir() else path.name.removesuffix(".safetensors")

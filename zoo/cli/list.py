@@ -77,11 +77,25 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def weights_rows(task: str | None, attention: str | None) -> list[str]:
+    """One line per named weights: task, and the test metrics that its card names first."""
+    from zoo.pretrained.weights import list_weights, read_card, resolve
+
+    rows = []
+    for name in list_weights(task=task, attention=attention):
+        card = read_card(resolve(name))
+        metrics = ", ".join(f"{k} {v:.4g}" for k, v in list(card.get("metrics", {}).items())[:3])
+        rows.append(f"{name:44} {card['task']:18} {metrics}")
+    return rows or ["no such weights; every run writes some into its folder"]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m zoo list", description="What the zoo holds.")
     kinds = ("attention", "models", "tasks", "data", "weights")
     parser.add_argument("kind", nargs="?", default="attention", choices=kinds)
     parser.add_argument("--markdown", action="store_true", help="the table of README")
+    parser.add_argument("--task", help="models or weights of this task alone")
+    parser.add_argument("--attention", help="models with a place for this variant, or weights with it")
     args = parser.parse_args(argv)
     if args.kind == "attention":
         rows = capability_rows()
@@ -99,11 +113,9 @@ def main(argv: list[str]) -> int:
     elif args.kind == "models":
         from zoo.models.registry import list_models
 
-        print("\n".join(list_models(sizes=True)))
+        print("\n".join(list_models(sizes=True, task=args.task, attention=args.attention)))
     elif args.kind == "weights":
-        from zoo.pretrained.weights import list_weights
-
-        print("\n".join(list_weights()) or "no weights yet; every run writes some into its folder")
+        print("\n".join(weights_rows(args.task, args.attention)))
     else:
         group = {"tasks": "task"}.get(args.kind, args.kind)
         for file in sorted((CONF / group).glob("*.yaml")):

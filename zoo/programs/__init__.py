@@ -76,12 +76,15 @@ def export(
     model, card = load_model(name)
     about = f"{card['model']['name']} with attention {card.get('attention')!r}"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as folder:
+    drafts = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.")
+    # Seeded, so that an export is accepted or refused alike every time.
+    with drafts as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         written, programs = [], {}
         for part in parts_of(model, card):
             file = output.with_suffix(f".{part.name}{output.suffix}") if part.name else output
             program = _trace(part, batch, about)
-            fixed = _fixed(program, part) if batch is None else tuple(_labels(part))
+            fixed = _fixed(program, part) if batch is None else tuple(part.labels)
             if BATCH in fixed and batch is None:
                 raise ExportError(f"{about} ties its program to one batch size; give one with --batch N")
             draft = Path(folder) / file.name
@@ -99,15 +102,10 @@ def export(
     return written
 
 
-def _labels(part: Part) -> list[str]:
-    """Names of all free axes of a part."""
-    return list(dict.fromkeys(label for axes in part.axes.values() for label in axes.values()))
-
-
 def _trace(part: Part, batch: int | None, about: str) -> torch.export.ExportedProgram:
     """The part as a graph; axes are free where the model allows it, the batch before all."""
-    inputs = part.draw(batch or EXAMPLE_BATCH, part.lengths[0] if part.lengths else 0)
-    labels = [] if batch else _labels(part)
+    inputs = part.example(batch or EXAMPLE_BATCH)
+    labels = [] if batch else part.labels
     attempts = [labels, [BATCH]] if labels not in ([], [BATCH]) else [labels]
     with quiet(), torch.no_grad():
         # Fills the models' caches of tables: filled by a trace, they would keep its tensors without values.
@@ -152,7 +150,7 @@ def _fixed(program: torch.export.ExportedProgram, part: Part) -> tuple[str, ...]
 
 
 def _axes(part: Part) -> list[dict[int, str]]:
-    return [part.axes.get(name, {}) for name in part.draw(1, part.lengths[0] if part.lengths else 0)]
+    return [part.axes.get(name, {}) for name in part.example()]
 
 
 def _write(
@@ -167,7 +165,7 @@ def _write(
         torch.export.save(program, path)
         return
     _need("onnx", "onnxscript", "onnxruntime")
-    names = list(part.draw(1, part.lengths[0] if part.lengths else 0))
+    names = list(part.example())
     try:
         with quiet():
             found = torch.onnx.export(
@@ -192,8 +190,7 @@ def _describe(
 ) -> dict[str, Any]:
     """The card's entry of one program."""
     inputs, ranges = [], {}
-    names = part.draw(1, part.lengths[0] if part.lengths else 0)
-    for name, value, axes in zip(names, _placeholders(program), _axes(part), strict=True):
+    for name, value, axes in zip(part.example(), _placeholders(program), _axes(part), strict=True):
         shape: list[int | str] = []
         for axis, size in enumerate(value.shape):
             label = axes.get(axis)

@@ -43,6 +43,15 @@ class Part:
     lengths: tuple[int, ...] = ()
     notes: str = ""
 
+    def example(self, batch: int = 1) -> Inputs:
+        """Inputs of the first length."""
+        return self.draw(batch, self.lengths[0] if self.lengths else 0)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of all free axes."""
+        return list(dict.fromkeys(label for axes in self.axes.values() for label in axes.values()))
+
 
 class Call(nn.Module):
     """A model under a function: `Call(model, lambda m, x: m(x).sigmoid())`."""
