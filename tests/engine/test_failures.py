@@ -1,0 +1,156 @@
+"""What goes wrong in the middle of a run: not a number, no memory, a dead worker; and searches and sweeps that go on."""
+
+import csv
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["data=digits", "model.patch_size=4", "model.dim=16", "model.num_heads=2", "model.depth=1"]
+
+
+def run(*overrides):
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    GlobalHydra.instance().clear()
+    argv, sys.argv = sys.argv, ["train.py", *overrides, *SMALL, "callbacks.progress=none"]
+    try:
+        return train.entry()
+    finally:
+        sys.argv = argv
+
+
+def losses(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(r["train/loss"]) for r in csv.DictReader(file) if r.get("train/loss")]
+
+
+def test_not_a_number_ends_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch, capsys):
+    from tasks.classification import Classification
+
+    real = Classification.losses
+
+    def poisoned(self, batch):
+        terms = real(self, batch)
+        return terms if self.global_step < 25 else {k: v * float("nan") for k, v in terms.items()}
+
+    monkeypatch.setattr(Classification, "losses", poisoned)
+    assert run("trainer.max_epochs=3", f"hydra.run.dir={tmp_path}") == 2
+    assert "the loss is nan at step 26" in capsys.readouterr().err
+    weights = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(w.isfinite().all() for w in weights.values())
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_step(tmp_path, monkeypatch, recwarn):
+    """The allocator's own error, raised by a tensor that no machine holds, for batches above 16."""
+    from tasks.classification import Classification
+
+    real = Classification.losses
+
+    def hungry(self, batch):
+        if len(batch["label"]) > 16:
+            torch.empty(1 << 60)
+        return real(self, batch)
+
+    common = ["trainer.max_epochs=1", "data.augment=false", "data.batch_size=64"]
+    assert run(*common, f"hydra.run.dir={tmp_path}/whole") == 0
+    monkeypatch.setattr(Classification, "losses", hungry)
+    assert run(*common, f"hydra.run.dir={tmp_path}/r") == 0
+    whole, result = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "r"))
+    assert result["out_of_memory"] == [
+        {"batch_size": 64, "next_batch_size": 32},
+        {"batch_size": 32, "next_batch_size": 16},
+    ]
+    # The same samples make a step: as many steps as without the shortage, and nearly the same model after them.
+    assert abs(result["steps"] - whole["steps"]) <= 1
+    assert result["test"]["loss"] == pytest.approx(whole["test"]["loss"], rel=0.02)
+    data = json.loads((tmp_path / "r" / "weights.json").read_text())["config"]
+    assert data["data"]["batch_size"] == 16 and data["trainer"]["accumulate_grad_batches"] == 4
+    assert any("going on with 16" in str(w.message) for w in recwarn.list)
+
+
+def test_memory_that_is_never_enough_is_said(tmp_path, monkeypatch, capsys):
+    from tasks.classification import Classification
+
+    monkeypatch.setattr(Classification, "losses", lambda self, batch: torch.empty(1 << 60))
+    assert run("data.batch_size=6", f"hydra.run.dir={tmp_path}") == 2
+    assert "out of memory with data.batch_size=3, which cannot be halved" in capsys.readouterr().err
+
+
+def test_a_dead_worker_is_named(tmp_path, monkeypatch, capsys):
+    from data.base import SplitDataset
+
+    real = SplitDataset.__getitem__
+
+    def deadly(self, key):
+        if torch.utils.data.get_worker_info() is not None and key.epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, key)
+
+    monkeypatch.setattr(SplitDataset, "__getitem__", deadly)
+    assert run("data.num_workers=1", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}") == 2
+    assert "a data-loader worker died" in capsys.readouterr().err
+    monkeypatch.setattr(SplitDataset, "__getitem__", real)
+    assert run("data.num_workers=1", "trainer.max_epochs=3", f"hydra.run.dir={tmp_path}", "resume=auto") == 0
+    assert len(losses(tmp_path)) == json.loads((tmp_path / "result.json").read_text())["steps"]
+
+
+def test_search_gives_every_trial_the_same_budget_and_reads_what_it_has(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    arguments = ["sweep=lr", "sweep.trials=3", "sweep.epochs=0.5", "trainer.max_epochs=2", "task.lr=1e-4"]
+    assert run(*arguments, f"hydra.run.dir={tmp_path}") == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    search = result["search"]
+    rates = [t["task.lr"] for t in search["found"]]
+    assert len(rates) == 3 and rates[0] == pytest.approx(1e-4)
+    assert all(1e-5 <= r <= 1e-3 for r in rates) and len(set(rates)) == 3
+    assert search["best"] == min(search["found"], key=lambda t: t["loss"])["task.lr"]
+    trials = sorted((tmp_path / "search").iterdir())
+    lengths = {len(losses(t)) for t in trials}
+    assert lengths == {len(losses(tmp_path)) // 2}, "half the epochs each"
+    assert not list((tmp_path / "search").rglob("result.json")), "no trial is tested"
+    card = json.loads((tmp_path / "weights.json").read_text())
+    assert card["config"]["task"]["lr"] == search["best"]
+    (tmp_path / "result.json").unlink()
+    before = [t.stat().st_mtime_ns for t in trials]
+    assert run(*arguments, f"hydra.run.dir={tmp_path}", "resume=auto") == 0
+    assert [t.stat().st_mtime_ns for t in trials] == before, "trials were repeated"
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, capsys):
+    sweep = [
+        "-m",
+        "attention=none,softmax",
+        "trainer.max_epochs=1",
+        f"hydra.sweep.dir={tmp_path}",
+        "resume=auto",
+    ]
+    sweep += ["hydra.sweep.subdir=${attention.name}"]
+    assert run(*sweep) == 0
+    stamp = (tmp_path / "none" / "weights.safetensors").stat().st_mtime_ns
+    (tmp_path / "softmax" / "result.json").unlink()
+    assert run(*sweep) == 0
+    assert "2 jobs done, 0 failed" in capsys.readouterr().err
+    assert (tmp_path / "none" / "weights.safetensors").stat().st_mtime_ns == stamp, "a finished job ran again"
+    assert run(*sweep, "model.dropout=0.1") == 2
+    assert "holds a run with another configuration (model differ)" in capsys.readouterr().err
+
+
+def test_tensorboard_file_holds_what_metrics_csv_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("logger=tensorboard", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}") == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [e.value for e in events.Scalars("train/loss")]
+    assert logged == pytest.approx(losses(tmp_path), rel=1e-5)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(result["test"]["accuracy"], rel=1e-5)
