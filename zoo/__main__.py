@@ -1,6 +1,7 @@
 """`python -m zoo`: look at the zoo, use weights, prepare a machine, measure."""
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> int:
     except ZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -87,13 +87,15 @@ def test_rounded_storage_is_small_and_near(tmp_path, storage, error, share):
         torch.randn(64),
         torch.tensor(7),
     )
-    entries = encode({"w": weight, "b": bias, "n": steps}, storage)
+    edges = torch.tensor([[-float("inf"), 0.1, 1e9]])  # a buffer
+    entries = encode({"w": weight, "b": bias, "n": steps, "edges": edges}, storage, {"w", "b", "n"})
     back = decode(entries)
+    assert torch.equal(back["edges"], edges)
     row = weight.abs().amax(1, keepdim=True)
     assert ((back["w"] - weight).abs() <= error * row).all() and back["w"].dtype == torch.float32
     assert (back["b"] - bias).abs().max() < 3e-3 and torch.equal(back["n"], steps)
     size = sum(t.numel() * t.element_size() for t in entries.values())
-    assert size <= share * 4 * (64 * 64 + 64) + 8
+    assert size <= share * 4 * (64 * 64 + 64) + 8 + 12
     path = package(run(tmp_path / "run"), tmp_path / "weights", storage=storage)
     images = torch.randn(4, 3, 16, 16)
     exact, rounded = load_model(tmp_path / "run")[0](images), load_model(path)[0](images)
@@ -102,9 +104,11 @@ def test_rounded_storage_is_small_and_near(tmp_path, storage, error, share):
 
 def test_storage_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(ConfigError, match="range of float16"):
-        encode({"w": torch.tensor([1e6])}, "half")
+        encode({"w": torch.tensor([1e6])}, "half", {"w"})
+    with pytest.raises(ConfigError, match="not finite"):
+        encode({"w": torch.full((2, 9), float("inf"))}, "byte", {"w"})
     with pytest.raises(ConfigError, match="choose full, half, byte"):
-        encode({}, "quarter")
+        encode({}, "quarter", set())
     with pytest.raises(WeightsError, match="do not fit together"):
         decode({"w": torch.zeros(2, 3), "w::factor": torch.zeros(2)})
 

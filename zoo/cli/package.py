@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+
+from zoo.errors import WeightsError
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +33,10 @@ def main(argv: list[str]) -> int:
         # The card states what the rounded weights reach.
         try:
             before, now = reproduce(str(path))
+            if lost := [
+                k for k, v in before.items() if math.isfinite(v) and not math.isfinite(now.get(k, math.nan))
+            ]:
+                raise WeightsError(f"storage {args.storage} ruins {', '.join(lost)}; use a finer one")
         except BaseException:
             path.unlink()
             path.with_suffix(".json").unlink()

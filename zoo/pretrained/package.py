@@ -11,7 +11,7 @@ from typing import Any
 
 from zoo.errors import WeightsError
 from zoo.pretrained.storage import encode
-from zoo.pretrained.weights import card_path, read_card, read_tensors, save_tensors
+from zoo.pretrained.weights import build_from_card, card_path, read_card, read_tensors, save_tensors
 
 MAX_BYTES, MAX_TOTAL_BYTES = 2 * 2**20, 20 * 2**20
 # Two-sided 95 % of Student's t by degrees of freedom.
@@ -57,7 +57,8 @@ def package(
     card["command"] = clean_command(card["command"])
     card["interval"] = intervals(card, [read_card(other / "weights.safetensors") for other in seeds])
     card["storage"] = storage
-    entries = encode(read_tensors(source, card["sha256"]), storage)
+    parameters = {name for name, _ in build_from_card(card).named_parameters()}
+    entries = encode(read_tensors(source, card["sha256"]), storage, parameters)
     size = sum(t.numel() * t.element_size() for t in entries.values())
     target = folder / f"{name or weights_name(card)}.safetensors"
     others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p != target)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,14 @@ FACTOR = "::factor"
 """Suffix of the entry that holds the factors of a tensor stored as bytes."""
 
 
-def encode(tensors: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
+def encode(tensors: dict[str, Tensor], storage: str, parameters: Container[str]) -> dict[str, Tensor]:
     """The entries of the file.
 
     Args:
         tensors: State dict.
         storage: "full"; "half", floating tensors as float16; "byte", matrices as int8 with one factor per
             row (first axis), the rest as float16.
+        parameters: Names of what may be rounded: bin edges, scalings and other buffers stay as they are.
 
     Raises:
         ConfigError: Unknown storage, or values outside the range of float16.
@@ -29,8 +32,10 @@ def encode(tensors: dict[str, Tensor], storage: str) -> dict[str, Tensor]:
         return tensors
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() or name not in parameters:
             found[name] = value
+        elif not value.isfinite().all():
+            raise ConfigError(f"tensor {name!r} holds values that are not finite; use storage='full'")
         elif storage == "byte" and value.dim() > 1 and value.numel() > 4 * value.shape[0]:
             rows = value.flatten(1)
             factor = (rows.abs().amax(1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
