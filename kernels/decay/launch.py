@@ -13,9 +13,7 @@ from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.decay import triton as tk
-
-# Rows of the blocks inside a chunk whose gates per channel are taken relative to one row: the least a matrix product takes.
-BLOCK = 16
+from kernels.decay.ops import BLOCK
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows of the blocks inside a chunk whose gates per channel are taken relative to one row: the least a matrix product takes.
+BLOCK = 16
+
 
 @torch.library.custom_op("zoo::decay_scan_fwd", mutates_args=())
 def decay_scan_fwd(

@@ -6,8 +6,8 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 returns for k_t by a mixture with v_t. The exclusive read is ``q_t diag(e^{log_g_t}) S_{t-1}``.
 
 Implementations: ``reference`` goes step by step; ``torch`` solves one triangular system per chunk and is differentiable any number of
-times; ``triton`` replaces the walk over the chunks by one kernel (its gradient is the same walk backwards), the parts that run in parallel
-over chunks are the same library products.
+times; ``triton`` replaces the walk over the chunks by one kernel (its gradient is the same walk backwards) and, with decay per channel, the
+weights inside chunks by those of ``kernels.decay``; the other parts that run in parallel over chunks are the same library products.
 
 Sources: arXiv 2406.06484 (chunk form), arXiv 2412.06464 (gated), arXiv 2510.26692 (per channel). Reading at ``positions``, the exclusive
 read and the final state for cross attention are this project's.
@@ -22,8 +22,8 @@ from kernels._common.prefix import drop_keys, merge_axes
 from kernels.delta import reference
 from kernels.delta import torch as torch_path
 
-# The chunk's whole [D, D] matrix passes through registers; a [128, 128] one spills on NVIDIA.
-TRITON_MAX_DIM = 64
+# The chunk's whole [D, D] matrix passes through registers.
+TRITON_MAX_DIM = 128
 
 __all__ = ["cost", "delta_read", "delta_scan", "delta_state"]
 
@@ -89,9 +89,12 @@ def delta_scan(
     elif impl == "reference":
         o, state = reference.scan(q, k, v, beta, log_g=log_g, read=read, initial=initial_state)
     else:
-        running = None
+        parts = {}
         if impl == "triton":
+            from kernels.decay.ops import BLOCK, gated_products
             from kernels.delta.ops import running
+
+            parts = {"running": running, "products": gated_products, "least": BLOCK}
         o, state = torch_path.scan(
             q,
             k,
@@ -101,7 +104,7 @@ def delta_scan(
             read=read,
             initial=initial_state,
             chunk=chunk,
-            running=running,
+            **parts,
         )
     o = back(o)
     out = (o.flip(2) if reverse else o).to(dtype)

@@ -14,21 +14,22 @@ from kernels._common.targets import GateCase, Target
 from kernels.delta import triton as tk
 
 GATE_DTYPES = ("float32",)
-GATE_DIMS = (16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and value channels of the state that a program carries, and how it runs."""
+    """Rows, columns of the matrix at a time, and value channels of the state that a program carries, and how it runs."""
 
     bd: int
+    bk: int
     be: int
     warps: int
 
 
 def tiles(d: int, e: int) -> Tiles:
-    """The same table serves launches and the compile gate; the whole [D, D] matrix passes through registers."""
-    return Tiles(max(16, triton.next_power_of_2(d)), min(32, max(16, triton.next_power_of_2(e))), 4)
+    """The same table serves launches and the compile gate; up to 64 channels the whole [D, D] matrix passes through registers."""
+    bd, be = (max(16, triton.next_power_of_2(n)) for n in (d, e))
+    return Tiles(bd, 32 if bd > 64 else bd, min(32, be), 8 if bd > 64 else 4)
 
 
 def _precision(backend: str) -> str:
@@ -52,7 +53,7 @@ def states(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> Tensor:
     with where:
         tk.delta_states_fwd_kernel[(b * h, triton.cdiv(e, t.be))](
             keeps.contiguous(), writes.contiguous(), start, out, c, d, e,
-            HAS_START=initial is not None, BD=t.bd, BE=t.be, PRECISION=precision, num_warps=t.warps, num_stages=1,
+            HAS_START=initial is not None, BD=t.bd, BK=t.bk, BE=t.be, PRECISION=precision, num_warps=t.warps, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -73,6 +74,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
             {
                 "HAS_START": start,
                 "BD": t.bd,
+                "BK": t.bk,
                 "BE": t.be,
                 "PRECISION": _precision(target.backend),
             },

@@ -5,6 +5,8 @@ Inside a chunk with cumulative log decay c: ``A_ri = beta_r k_r.k_i e^{c_r - c_i
 over chunks. The triangular system is solved by substitution in float32 or float64 (powers of A lose accuracy for repeated keys).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ def scan(
     initial: Tensor | None,
     chunk: int | None = None,
     outputs: bool = True,
-    running=None,
+    running: Callable | None = None,
+    products: Callable = gated_products,
+    least: int = 1,
 ) -> tuple[Tensor | None, Tensor]:
     """Arguments as in ``reference.scan``.
 
@@ -34,6 +38,8 @@ def scan(
         chunk: Steps per chunk.
         outputs: False computes the last state alone.
         running: What walks over the chunks; ``running_states`` here if left out.
+        products: What computes the weights inside chunks for decay per channel.
+        least: Fewest steps per chunk that ``products`` takes.
 
     Returns:
         o [B, H, L, E] (None without ``outputs``) and the last state [B, H, D, E].
@@ -42,7 +48,9 @@ def scan(
     length, d, e = q.shape[2], k.shape[-1], v.shape[-1]
     vector = log_g is not None and log_g.dim() == 4
     if vector:
-        chunk = power_chunk(length, 1 << ((chunk or VECTOR_CHUNK) - 1).bit_length())  # halves must be whole
+        chunk = max(
+            least, power_chunk(length, 1 << ((chunk or VECTOR_CHUNK) - 1).bit_length())
+        )  # halves must be whole
     else:
         chunk = even_chunk(length, chunk or CHUNK)
     gates, zero = detached_gates(log_g)
@@ -64,9 +72,9 @@ def scan(
         if zero is not None:
             ahead = chunked(zero, chunk)
             k_read, qc, kc = kc * ahead.exp(), qc * ahead.exp(), kc * (-ahead).exp()
-        overlap = gated_products(k_read, kc, cum, diagonal=False)
+        overlap = products(k_read, kc, cum, diagonal=False)
         if outputs:
-            mixed = gated_products(qc, kc, cum, diagonal=inclusive)
+            mixed = products(qc, kc, cum, diagonal=inclusive)
         from_start = cum.exp()
         k_start, q_start, k_end = k_read * from_start, qc * from_start, kc * (total - cum).exp()
         across = total.exp().mT

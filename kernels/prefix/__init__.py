@@ -5,7 +5,8 @@ B batch, H heads, N queries, M keys, E head size of values.
 ``prefix_softmax``: ``o_t = sum_{j<=t} e^{s_j} v_j / sum_{j<=t} e^{s_j}`` for every t, in time linear in M: attention with one query for all
 positions, read as a recurrent network (max, denominator, numerator). ``diag_scan``: ``h_t = a_t h_{t-1} + x_t``.
 
-Implementations: ``reference`` and ``torch`` (chunks; differentiable any number of times).
+Implementations: ``reference``; ``torch`` (chunks; differentiable any number of times); ``triton`` has one kernel for the recurrence, whose
+gradient is the recurrence backwards. In units of the running maximum the prefix softmax is that recurrence too.
 
 Source: Attention as an RNN, arXiv 2405.13956. The exclusive read and ``positions`` are this project's.
 """
@@ -59,7 +60,7 @@ def prefix_softmax(
         positions: Last key that each of N readers sees, int [N] or [B, N] (below 0: none); not with ``reverse``.
         queries: Number of readers N without ``positions``: reader i sees keys up to ``i + M - N``. Left out: one per key.
         chunk: Keys per chunk of the torch path.
-        impl: "reference" or "torch".
+        impl: "reference", "torch", "triton"; None chooses by context, environment and device.
 
     Returns:
         [B, H, N, E], dtype of ``v``; zeros where no key is seen.
@@ -73,16 +74,15 @@ def prefix_softmax(
         raise ValueError(f"{op}: read={read!r} is unknown; choose from inclusive, exclusive")
     if reverse and (positions is not None or queries not in (None, s.shape[2])):
         raise ValueError(f"{op}: reverse=True reads at every key; leave positions and queries out")
-    impl = choose(op, impl, v, triton_gap="prefix_softmax yet")
+    impl = choose(op, impl, v)
     work = work_dtype(v.dtype)
     s, v_work = drop_keys(key_mask, (s.to(work), float("-inf")), (v.to(work), 0.0))
     if reverse:
         s, v_work = s.flip(2), v_work.flip(2)
     if s.shape[2] == 0:
         return v.new_zeros(*v.shape[:2], queries or 0, v.shape[3])
-    path = reference if impl == "reference" else torch_path
-    options = {} if impl == "reference" else {"chunk": chunk}
-    out = path.prefix_softmax(s, v_work, read=read, **options).to(v.dtype)
+    options = {"chunk": chunk} if impl == "torch" else {}
+    out = _path(impl).prefix_softmax(s, v_work, read=read, **options).to(v.dtype)
     if reverse:
         return out.flip(2)
     n, m = queries or s.shape[2], s.shape[2]
@@ -129,7 +129,7 @@ def diag_scan(
         h0: Start value, [B, H, *]; zero if left out.
         reverse: From the last step to the first.
         segment: Restart from zero every so many steps; not with ``h0``.
-        impl: "reference" or "torch".
+        impl: "reference", "torch", "triton"; None chooses by context, environment and device.
 
     Returns:
         h, the shape of ``x``, in its dtype.
@@ -137,13 +137,12 @@ def diag_scan(
     op = "diag_scan"
     if segment is not None and (segment < 1 or h0 is not None):
         raise ValueError(f"{op}: segment={segment} must be at least 1 and goes without h0")
-    impl = choose(op, impl, x, triton_gap="diag_scan yet")
+    impl = choose(op, impl, x)
     work = work_dtype(x.dtype)
     a_work, x_work = a.to(work).expand(x.shape), x.to(work)
     if reverse:
         a_work, x_work = a_work.flip(2), x_work.flip(2)
-    path = reference if impl == "reference" else torch_path
-    h = path.diag_scan(a_work, x_work, None if h0 is None else h0.to(work), segment).to(x.dtype)
+    h = _path(impl).diag_scan(a_work, x_work, None if h0 is None else h0.to(work), segment).to(x.dtype)
     return h.flip(2) if reverse else h
 
 
@@ -155,6 +154,14 @@ def cost(
     moved = batch * heads * tokens * itemsize * (2 * value_dim + 1)
     state = batch * heads * (value_dim + 2)
     return Cost(2.5 * flops, 2 * moved, state) if backward else Cost(flops, moved, state)
+
+
+def _path(impl: str):
+    if impl == "triton":
+        from kernels.prefix import ops
+
+        return ops
+    return reference if impl == "reference" else torch_path
 
 
 def _check(op: str, s: Tensor, v: Tensor, key_mask: Tensor | None) -> None:

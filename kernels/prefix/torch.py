@@ -13,12 +13,12 @@ from kernels._common.prefix import chunked
 CHUNK = 64
 
 
-def _floor(dtype: torch.dtype) -> float:
+def floor_of(dtype: torch.dtype) -> float:
     """Stands for "no key yet": below every score, and its differences stay finite."""
     return torch.finfo(dtype).min / 4
 
 
-def _with_ones(v: Tensor) -> Tensor:
+def with_ones(v: Tensor) -> Tensor:
     return torch.cat((v, v.new_ones(*v.shape[:-1], 1)), -1)
 
 
@@ -33,11 +33,11 @@ def prefix_softmax(s: Tensor, v: Tensor, *, read: str, chunk: int = CHUNK) -> Te
     length = s.shape[2]
     chunk = max(1, min(chunk, length))
     with torch.no_grad():
-        top = chunked(s, chunk, float("-inf")).flatten(2).cummax(-1).values.clamp(min=_floor(s.dtype))
+        top = chunked(s, chunk, float("-inf")).flatten(2).cummax(-1).values.clamp(min=floor_of(s.dtype))
         top = top.unflatten(-1, (-1, chunk))
         after = top[..., -1]
-        before = F.pad(after[..., :-1], (1, 0), value=_floor(s.dtype))
-    sc, vc = chunked(s, chunk, float("-inf")), _with_ones(chunked(v, chunk))
+        before = F.pad(after[..., :-1], (1, 0), value=floor_of(s.dtype))
+    sc, vc = chunked(s, chunk, float("-inf")), with_ones(chunked(v, chunk))
     own = torch.ones(chunk, chunk, dtype=torch.bool, device=s.device).tril(0 if read == "inclusive" else -1)
     weights = (sc[..., None, :] - top[..., :, None]).masked_fill(~own, float("-inf")).exp()
     sums = (sc - after[..., None]).exp()[..., None, :] @ vc  # [B, H, C, 1, E + 1]
@@ -48,12 +48,12 @@ def prefix_softmax(s: Tensor, v: Tensor, *, read: str, chunk: int = CHUNK) -> Te
 
 def state(s: Tensor, v: Tensor, initial: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Sums over all keys [B, H, E + 1], relative to the largest score [B, H]."""
-    floor = _floor(s.dtype)
+    floor = floor_of(s.dtype)
     with torch.no_grad():
         top = s.new_full(s.shape[:2], floor) if initial is None else initial[1]
         if s.shape[2]:
             top = torch.maximum(top, s.amax(-1))
-    sums = ((s - top[..., None]).exp()[..., None, :] @ _with_ones(v)).squeeze(2)
+    sums = ((s - top[..., None]).exp()[..., None, :] @ with_ones(v)).squeeze(2)
     if initial is not None:
         sums = sums + initial[0] * (initial[1] - top).exp()[..., None]
     return sums, top

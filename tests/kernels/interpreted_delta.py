@@ -14,12 +14,14 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/tes
 @pytest.fixture(autouse=True)
 def nan_scratch(monkeypatch):
     """Memory that the kernel forgets to write must show."""
+    from kernels.decay import launch as decay_launch
     from kernels.delta import launch
 
-    def new(like, *shape):
-        return torch.full(shape, torch.nan, device=like.device)
+    def new(like, *shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
 
     monkeypatch.setattr(launch, "_new", new)
+    monkeypatch.setattr(decay_launch, "_new", new)
 
 
 def make(kind, n, m, d, e, batch=2, heads=2):
@@ -33,9 +35,18 @@ def make(kind, n, m, d, e, batch=2, heads=2):
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
 @pytest.mark.parametrize(
-    "sizes", [(7, 7, 8, 20), (65, 65, 20, 8), (5, 70, 64, 40)], ids=["N7", "N65", "N5M70"]
+    "sizes", [(7, 7, 8, 20), (33, 33, 20, 8), (5, 18, 40, 36)], ids=["N7", "N33", "N5M18"]
 )
 def test_values_and_gradients(kind, sizes):
+    compare(kind, sizes)
+
+
+def test_wide_keys():
+    """A matrix that is multiplied in blocks of columns."""
+    compare("none", (33, 33, 70, 8))
+
+
+def compare(kind, sizes):
     args, weight = make(kind, *sizes)
     mask = torch.ones(2, sizes[1], dtype=torch.bool)
     mask[0, 2] = False
