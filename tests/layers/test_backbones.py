@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tasks._detection_losses import detection_losses
 from tasks._matching import Weights
-from tasks.detection import detection_losses
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError
 from zoo.layers.backbones import load_pretrained_backbone, make_backbone

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from scene_standins import small_scenes
 
+from tasks._detection_losses import decode, detection_losses, relative_boxes
 from tasks._matching import Weights, match, set_losses
-from tasks.detection import Detection, decode, detection_losses, relative_boxes
+from tasks.detection import Detection
 from zoo.attention.registry import list_attention
 from zoo.attention.slots import resolve_slots
 from zoo.errors import CapabilityError, ConfigError, DataError, ZooError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tasks._detection_losses import detection_losses
 from tasks._matching import Weights
-from tasks.detection import detection_losses
 from zoo.bench.tasks import Contestants, training_step
 from zoo.layers.boxes import to_cxcywh
 from zoo.models import create_model
