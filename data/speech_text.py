@@ -234,29 +234,6 @@ def sentences(count: int, seed: int, taken: set[str] | None = None) -> Iterator[
             yield pair
 
 
-def word_lists(count: int, seed: int, taken: set[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Lists of three to eight words, none of them in `taken`, which grows by those yielded.
-
-    Every word that a sentence can take from a list, and every number, comes up equally often, letters three times as often:
-    in sentences a name is thirty times rarer than "the".
-    """
-    rng = random.Random(seed)
-    taken = set() if taken is None else taken
-    words = [*sorted({w for items in (*_LISTS.values(), ONES, TENS) for w in items}), *3 * LETTERS]
-    deck: list[str] = []
-    made = 0
-    while made < count:
-        size = rng.randint(3, 8)
-        if len(deck) < size:
-            deck += rng.sample(words, len(words))
-        chosen, deck = deck[:size], deck[size:]
-        text = " ".join(chosen)
-        if text not in taken:
-            taken.add(text)
-            made += 1
-            yield text, " ".join(w.upper() if len(w) == 1 else w for w in chosen)
-
-
 def vocabulary() -> set[str]:
     """All words that a sentence can contain."""
     words = {w for items in _LISTS.values() for item in items for w in item.split()}

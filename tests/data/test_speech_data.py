@@ -211,21 +211,6 @@ def test_sentences():
     assert not taken & {w for w, _ in speech_text.sentences(500, 1, set(taken))}
 
 
-def test_word_lists_are_balanced():
-    """Every listed word comes up equally often, and no list is a sentence of another split."""
-    from collections import Counter
-
-    taken = {"an old text"}
-    texts = [t for t, _ in speech_text.word_lists(2000, 0, taken)]
-    assert len(set(texts)) == 2000 and taken >= set(texts)
-    counts = Counter(w for t in texts for w in t.split())
-    assert set(counts) <= speech_text.vocabulary() and len(counts) >= 800
-    letters = {w: n for w, n in counts.items() if len(w) == 1}
-    often = [n for w, n in counts.items() if w not in letters]
-    assert len(letters) == 26 and max(often) - min(often) <= 2
-    assert min(letters.values()) > 2 * max(often)
-
-
 def test_error_rates_are_corpus_level():
     from torchmetrics.text import CharErrorRate, WordErrorRate
 

@@ -245,6 +245,8 @@ def test_options_include_inherited_ones():
     ("options", "hint"),
     [
         ({"encoder": "rnn"}, "transformer or conformer"),
+        ({"wait": -1}, "wait=-1 must be at least 0"),
+        ({"ctc_per_place": 0}, "at least 1"),
         ({"position": "rel", "encoder": "transformer"}, "encoder=conformer"),
         ({"subsampling": 3}, "2, 4 or 8"),
         ({"stem": "fft"}, "conv1d"),
@@ -277,6 +279,28 @@ def test_spec_augment_stays_inside_the_utterance():
         assert int((y == 0).all(1).sum(-1).max()) <= 5
     assert hidden_rows > 0
     assert layer.eval()(x, lengths) is x
+
+
+def test_band_warping_moves_peaks():
+    """A peak moves by one factor an utterance, within the bound, in training alone; what is constant over bands stays."""
+    from zoo.layers.audio import SpecAugment
+
+    augment = SpecAugment(0, 0, 0, 0.0, freq_warp=0.2).train()
+    x = torch.zeros(40, 3, 64)
+    x[..., 29:32] = torch.tensor([0.5, 1.0, 0.5])
+    lengths = torch.full((40,), 3)
+    peaks = augment(x, lengths).argmax(-1)
+    assert (peaks == peaks[:, :1]).all() and peaks.unique().numel() > 5
+    assert 24 <= int(peaks.min()) and int(peaks.max()) <= 38  # 30 / 1.2 .. 30 / 0.8
+    torch.testing.assert_close(augment(torch.ones(4, 3, 64), lengths[:4]), torch.ones(4, 3, 64))
+    assert torch.equal(augment.eval()(x, lengths), x)
+
+
+def test_no_mask_where_nothing_is_padded():
+    from zoo.layers.audio import padding_mask
+
+    assert padding_mask(torch.tensor([4, 4]), 4) is None
+    assert padding_mask(torch.tensor([4, 3]), 4).tolist() == [[True] * 4, [True] * 3 + [False]]
 
 
 def test_cross_attention_maps():
@@ -342,6 +366,23 @@ def test_shifted_positions_agree():
     same = [model.eval().decode(prefix, memory, torch.tensor([9, 9])) for _ in range(2)]
     assert torch.equal(*same)
     assert not torch.equal(model.train().decode(prefix, memory, torch.tensor([9, 9])), same[0])
+
+
+def test_untrained_decoder_looks_at_its_place():
+    """Cross-attention starts with its weight near the label whose turn it is, wherever that is in the sentence."""
+    torch.manual_seed(0)
+    options = {**TINY, "dim": 128, "num_heads": 4}
+    model = build_model(
+        "aed", resolve_slots(get_model("aed").slots(**options), {"name": "softmax"}), **options
+    )
+    heard, tokens = torch.arange(1.0, 61)[None], torch.randint(3, 15, (1, 60))
+    block = model.eval().decoder[0]
+    memory = model._located(torch.randn(1, 60, 128), heard)
+    weights = block.cross.attention_map(block.norm_cross(model._embed(tokens)), memory).mean(1)[0]
+    distance = (torch.arange(60)[:, None] - torch.arange(60)).abs()
+    near = (weights * (distance <= 3)).sum(1) / (distance <= 3).sum(1)
+    far = (weights * (distance > 10)).sum(1) / (distance > 10).sum(1)
+    assert (near > 1.5 * far).float().mean() > 0.9, (near / far).tolist()
 
 
 def test_ctc_frames_between_places():

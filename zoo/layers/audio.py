@@ -19,6 +19,15 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
+    """`length_mask`, or None where nothing is padded: attention is faster without a mask.
+
+    On GPUs, which would have to be waited for, and while compiling there always is a mask.
+    """
+    look = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if look and bool((lengths >= size).all()) else length_mask(lengths, size)
+
+
 class LogMel(nn.Module):
     """Log-mel features, normalised.
 
@@ -126,21 +135,31 @@ class LogMel(nn.Module):
 class SpecAugment(nn.Module):
     """Masks bands and stretches of time of training features with zeros, inside each utterance's own length.
 
-    Paper: Park et al., "SpecAugment", arXiv:1904.08779. Differs in: no time warping.
+    Paper: Park et al., "SpecAugment", arXiv:1904.08779. Differs in: no time warping; bands may be warped before, as a shorter or
+    longer vocal tract would (Jaitly and Hinton, "Vocal tract length perturbation", 2013).
 
     Args:
         freq_masks: Number of band masks.
         freq_width: Largest number of bands in one.
         time_masks: Number of time masks.
         time_ratio: Largest share of the utterance in one, [0, 1].
+        freq_warp: Band k is read at k times a factor drawn from 1 - freq_warp .. 1 + freq_warp, [0, 1).
     """
 
     def __init__(
-        self, freq_masks: int = 2, freq_width: int = 10, time_masks: int = 4, time_ratio: float = 0.04
+        self,
+        freq_masks: int = 2,
+        freq_width: int = 10,
+        time_masks: int = 4,
+        time_ratio: float = 0.04,
+        freq_warp: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= time_ratio <= 1:
-            raise ConfigError(f"time_ratio={time_ratio} is outside [0, 1]")
+        if not 0 <= time_ratio <= 1 or not 0 <= freq_warp < 1:
+            raise ConfigError(
+                f"time_ratio={time_ratio} is outside [0, 1] or freq_warp={freq_warp} outside [0, 1)"
+            )
+        self.freq_warp = freq_warp
         self.freq_masks, self.freq_width = freq_masks, freq_width
         self.time_masks, self.time_ratio = time_masks, time_ratio
 
@@ -149,6 +168,8 @@ class SpecAugment(nn.Module):
         if not self.training:
             return x
         b, t, f = x.shape
+        if self.freq_warp:
+            x = self._warped(x)
         drop = torch.zeros(b, t, f, dtype=torch.bool, device=x.device)
         if self.freq_masks and self.freq_width:
             drop |= self._stretches(x, self.freq_masks, lengths.new_full((b,), f), self.freq_width, f)[
@@ -158,6 +179,13 @@ class SpecAugment(nn.Module):
             widths = lengths * self.time_ratio
             drop |= self._stretches(x, self.time_masks, lengths, widths, t)[..., None]
         return x.masked_fill(drop, 0.0)
+
+    def _warped(self, x: Tensor) -> Tensor:
+        """Bands read between bands, one factor an utterance; [B, T, n_mels]."""
+        place = torch.arange(x.shape[-1], device=x.device)
+        factor = 1 + self.freq_warp * (2 * torch.rand(len(x), 1, device=x.device) - 1)
+        wanted = (place * factor).clamp_max(x.shape[-1] - 1)  # [B, n_mels]
+        return x @ (1 - (place[:, None] - wanted[:, None]).abs()).clamp_min(0)
 
     @staticmethod
     def _stretches(x: Tensor, count: int, lengths: Tensor, widest: Tensor | int, size: int) -> Tensor:

@@ -9,37 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Pattern, State
-from zoo.attention.registry import get_attention
 from zoo.attention.slots import AttentionFactory, Slot
-from zoo.errors import ConfigError
-from zoo.layers.audio import ConvSubsampling, LogMel, SpecAugment, length_mask
-from zoo.layers.blocks import DecoderBlock, TransformerBlock
-from zoo.layers.conformer import ConformerBlock
+from zoo.layers.audio import ConvSubsampling, LogMel, SpecAugment, padding_mask
+from zoo.layers.blocks import DecoderBlock
 from zoo.layers.drop import dropout_or_none
 from zoo.layers.position import sine_positions
+from zoo.models._speech_parts import (
+    BOS,
+    ENCODER_BLOCKS,
+    EOS,
+    PAD,
+    SpeechOutput,
+    check_decoding,
+    check_shape,
+    takes_relative,
+    xavier,
+)
 
-PAD, BOS, EOS = 0, 1, 2
+TIME_BASE = 10000.0  # longest over shortest wavelength of the sine positions of time
+LABEL_BASE = 100.0  # of labels: neighbours have to be told apart, and no sentence has thousands
 
-
-class SpeechOutput(NamedTuple):
-    """What one forward pass gives.
-
-    Attributes:
-        logits: Of the decoder, [B, L, vocabulary]; None without a decoder or without tokens.
-        ctc_logits: Of the CTC head, [B, M * ctc_per_place, vocabulary].
-        lengths: Encoder tokens of each utterance, int [B].
-    """
-
-    logits: Tensor | None
-    ctc_logits: Tensor
-    lengths: Tensor
+__all__ = ["BOS", "EOS", "PAD", "SpeechModel", "SpeechOutput"]
 
 
 class SpeechModel(nn.Module):
@@ -79,7 +76,7 @@ class SpeechModel(nn.Module):
         position: Of the encoder: "sine" added to the tokens, "rel" Transformer-XL scores (Conformer blocks, variants that take
             a full bias), "auto" rel where the variant takes it and sine elsewhere, "none".
         dropout: After projections, in MLPs, on the embeddings.
-        freq_masks, freq_width, time_masks, time_ratio: Masking of training features, see `SpecAugment`.
+        freq_masks, freq_width, time_masks, time_ratio, freq_warp: Change of training features, see `SpecAugment`.
     """
 
     name: ClassVar[str]
@@ -116,43 +113,28 @@ class SpeechModel(nn.Module):
         freq_width: int = 8,
         time_masks: int = 1,
         time_ratio: float = 0.05,
+        freq_warp: float = 0.1,
     ) -> None:
         super().__init__()
-        _check(encoder, position, dim, num_heads, encoder_layers, decoder_layers, vocab_size)
-        if min(wait, position_shift) < 0 or min(wait_stride, ctc_per_place) < 1:
-            raise ConfigError(
-                f"wait={wait} and position_shift={position_shift} must be at least 0, wait_stride={wait_stride} and "
-                f"ctc_per_place={ctc_per_place} at least 1"
-            )
+        check_shape(dim, num_heads, encoder_layers, decoder_layers, vocab_size)
+        check_decoding(wait, wait_stride, ctc_per_place, position_shift)
         self.dim, self.vocab_size, self.label_positions = dim, vocab_size, label_positions
         self.position_shift = position_shift if label_positions else 0
+        self.label_base = LABEL_BASE if label_positions else TIME_BASE
         self.wait, self.wait_stride, self.ctc_per_place = wait, wait_stride, ctc_per_place
-        self._table = torch.empty(0, dim)
+        self._tables: dict[float, Tensor] = {}
         self.front = LogMel(sample_rate, n_mels, window_ms=window_ms, hop_ms=hop_ms, normalise=normalise)
-        self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio)
+        self.augment = SpecAugment(freq_masks, freq_width, time_masks, time_ratio, freq_warp)
         self.stem = ConvSubsampling(n_mels, dim, factor=subsampling, kind=stem, channels=stem_channels)
-        relative = _relative(position, encoder, attention["encoder"])
+        relative = takes_relative(position, encoder, attention["encoder"])
         self.position = "rel" if relative else "sine" if position == "auto" else position
         shared = {"mlp_ratio": mlp_ratio, "dropout": dropout}
-        if encoder == "conformer":
-            blocks = [
-                ConformerBlock(
-                    attention["encoder"],
-                    dim,
-                    num_heads,
-                    conv_kernel=conv_kernel,
-                    conv_expansion=conv_expansion,
-                    relative=relative,
-                    **shared,
-                )
-                for _ in range(encoder_layers)
-            ]
-        else:
-            blocks = [
-                TransformerBlock(attention["encoder"], dim, num_heads, **shared)
-                for _ in range(encoder_layers)
-            ]
-        self.encoder = nn.ModuleList(blocks)
+        convolution = {"conv_kernel": conv_kernel, "conv_expansion": conv_expansion, "relative": relative}
+        extra = convolution if encoder == "conformer" else {}
+        self.encoder = nn.ModuleList(
+            ENCODER_BLOCKS[encoder](attention["encoder"], dim, num_heads, **shared, **extra)
+            for _ in range(encoder_layers)
+        )
         self.encoder_norm = nn.LayerNorm(dim)
         self.ctc_head = nn.Linear(dim, ctc_per_place * vocab_size)
         self.drop = dropout_or_none(dropout)
@@ -195,19 +177,16 @@ class SpeechModel(nn.Module):
         """Xavier for linear maps, a narrow normal for the embedding; a variant's own parameters keep theirs."""
         for module in self.modules():
             if isinstance(module, Attention):
-                layers = [m for n, m in module.named_children() if n in ("qkv", "q", "k", "v", "proj")]
-                for layer in layers:
-                    nn.init.xavier_uniform_(layer.weight)
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
-        for layer in (self.stem.out, self.ctc_head):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+                children = dict(module.named_children())
+                xavier(*(children[name] for name in ("qkv", "q", "k", "v", "proj") if name in children))
+        xavier(self.stem.out, self.ctc_head)
         for block in (*self.encoder, *self.decoder):
-            for name, layer in block.named_modules():
-                if isinstance(layer, nn.Linear) and "mlp" in name:
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+            xavier(*(m for n, m in block.named_modules() if isinstance(m, nn.Linear) and "mlp" in n))
+        for block in self.decoder if self.label_positions else ():
+            maps = dict(block.cross.named_children())
+            if {"q", "k"} <= maps.keys() and maps["q"].weight.shape == maps["k"].weight.shape:
+                # Equal positions attract each other from the first step on.
+                maps["k"].load_state_dict(maps["q"].state_dict())
         if len(self.decoder):
             # Scaled by sqrt(dim) on the way in and used as it is on the way out.
             nn.init.normal_(self.embedding.weight, std=self.dim**-0.5)
@@ -224,9 +203,9 @@ class SpeechModel(nn.Module):
         features = self.augment(features, frames)
         x, count = self.stem(features.to(self.ctc_head.weight.dtype), frames)
         if self.position == "sine":
-            x = x + self._positions(x.shape[1], x)
+            x = x + self._positions(x.shape[1], x, TIME_BASE)
         x = self.drop(x)
-        mask = length_mask(count, x.shape[1])
+        mask = padding_mask(count, x.shape[1])
         for block in self.encoder:
             x = block(x, key_mask=mask)
         return self.encoder_norm(x), count
@@ -243,18 +222,20 @@ class SpeechModel(nn.Module):
 
     def _embed(self, tokens: Tensor, first: int = 0, shift: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens) * math.sqrt(self.dim)
-        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        table = self._positions(first + tokens.shape[1] + self.position_shift, x)
-        return self.drop(x + table[places if shift is None else places + shift])
+        last = first + tokens.shape[1]
+        table = self._positions(last + self.position_shift, x, self.label_base)
+        if shift is None:
+            return self.drop(x + table[first:last])
+        return self.drop(x + table[torch.arange(first, last, device=tokens.device) + shift])
 
-    def _positions(self, count: int, like: Tensor) -> Tensor:
+    def _positions(self, count: int, like: Tensor, base: float) -> Tensor:
         """Sine table of at least the first `count` positions, kept between calls: decoding asks for it at each step."""
-        table = self._table
-        if len(table) < count or table.dtype != like.dtype or table.device != like.device:
+        table = self._tables.get(base)
+        if table is None or len(table) < count or table.dtype != like.dtype or table.device != like.device:
             with torch.inference_mode(False):  # made while validating, used while training
-                table = sine_positions(max(256, 2 * count), self.dim).to(like.device, like.dtype)
+                table = sine_positions(max(256, 2 * count), self.dim, base=base).to(like.device, like.dtype)
             if not torch.compiler.is_compiling():
-                self._table = table
+                self._tables[base] = table
         return table[:count]
 
     @torch.no_grad()
@@ -274,7 +255,7 @@ class SpeechModel(nn.Module):
             return memory
         heard = self.labels_heard(memory) if heard is None else heard
         places = heard - 1 if shift is None else heard - 1 + shift
-        return memory + sine_positions(places, self.dim).to(memory.dtype)
+        return memory + sine_positions(places, self.dim, base=self.label_base).to(memory.dtype)
 
     def decode(
         self, tokens: Tensor, memory: Tensor, lengths: Tensor, *, heard: Tensor | None = None
@@ -295,7 +276,7 @@ class SpeechModel(nn.Module):
             shift = torch.randint(self.position_shift + 1, (len(tokens), 1), device=tokens.device)
         x = self._embed(tokens, shift=shift)
         memory = self._located(memory, heard, shift)
-        mask = length_mask(lengths, memory.shape[1])
+        mask = padding_mask(lengths, memory.shape[1])
         seen = self._last_seen(torch.arange(tokens.shape[1], device=tokens.device), memory.shape[1])
         for block in self.decoder:
             x = block(x, memory, context_key_mask=mask, context_positions=seen)
@@ -310,7 +291,7 @@ class SpeechModel(nn.Module):
     def init_state(self, memory: Tensor, lengths: Tensor) -> State:
         """Decoding state before BOS: the memory is projected once, the prefix is empty."""
         memory = self._located(memory)
-        mask = length_mask(lengths, memory.shape[1])
+        mask = padding_mask(lengths, memory.shape[1])
         state: State = {"length": 0, "places": memory.shape[1]}
         for i, block in enumerate(self.decoder):
             state[f"block{i}"] = block.init_state(len(memory), memory, context_key_mask=mask)
@@ -339,33 +320,3 @@ class SpeechModel(nn.Module):
         memory, count = self.encode(audio, lengths)
         logits = self.decode(tokens, memory, count) if tokens is not None and self.has_decoder else None
         return SpeechOutput(logits, self.ctc_logits(memory), count)
-
-
-def _relative(position: str, encoder: str, factory: AttentionFactory) -> bool:
-    takes = get_attention(factory.name).capabilities.bias == "full"
-    if position == "rel" and encoder != "conformer":
-        raise ConfigError("position=rel is defined for encoder=conformer; use position=sine")
-    return position == "rel" or (position == "auto" and encoder == "conformer" and takes)
-
-
-def _check(
-    encoder: str,
-    position: str,
-    dim: int,
-    num_heads: int,
-    encoder_layers: int,
-    decoder_layers: int,
-    vocab_size: int,
-) -> None:
-    if encoder not in ("transformer", "conformer"):
-        raise ConfigError(f"encoder={encoder!r}: choose transformer or conformer")
-    if position not in ("sine", "rel", "auto", "none"):
-        raise ConfigError(f"position={position!r}: choose sine, rel, auto or none")
-    if num_heads < 1 or dim % num_heads or dim % 2:
-        raise ConfigError(f"num_heads={num_heads} must divide dim={dim}, and dim must be even")
-    if encoder_layers < 1 or decoder_layers < 0:
-        raise ConfigError(
-            f"encoder_layers={encoder_layers} must be >= 1, decoder_layers={decoder_layers} >= 0"
-        )
-    if vocab_size < 4:
-        raise ConfigError(f"vocab_size={vocab_size}: three special tokens and at least one other")
