@@ -141,3 +141,21 @@ def test_every_task_is_retrained_for_the_zoo():
 def test_wilson():
     assert wilson(0.5, 100) == pytest.approx([0.404, 0.596], abs=1e-3)
     assert wilson(1.0, 10)[1] == 1.0 and json.dumps(wilson(0.0, 10))
+
+
+def test_the_command_states_metrics_after_rounding_or_refuses(tmp_path, capsys, monkeypatch):
+    from zoo.__main__ import main
+    from zoo.cli import verify
+
+    monkeypatch.setenv("ZOO_WEIGHTS", str(tmp_path / "named"))
+    folder = run(tmp_path / "run")
+    after = {"accuracy": 0.88, "loss": 0.31}
+    monkeypatch.setattr(verify, "reproduce", lambda path: (read_card(tmp_path / path)["metrics"], after))
+    assert main(["package", str(folder), "--local", "--storage", "half"]) == 0
+    card = read_card(tmp_path / "named" / "vit_softmax.digits.safetensors")
+    assert card["metrics"] == after and card["metrics_before_rounding"] == {"accuracy": 0.9, "loss": 0.3}
+    assert "accuracy: 0.9 before rounding, 0.88 after" in capsys.readouterr()[0]
+    after["loss"] = math.nan
+    assert main(["package", str(folder), "--local", "--storage", "byte", "--name", "other"]) == 2
+    assert "ruins loss" in capsys.readouterr()[1]
+    assert sorted(p.stem for p in (tmp_path / "named").iterdir()) == ["vit_softmax.digits"] * 2
