@@ -83,6 +83,15 @@ def test_readme_tables_are_current():
     assert render(text) == text, "run: python -m zoo docs"
 
 
+def test_task_pages_are_current():
+    from zoo.cli.task_pages import task_pages
+
+    pages = task_pages()
+    for path, text in pages.items():
+        assert path.read_text() == text, f"{path.name}; run: python -m zoo docs"
+    assert {p.name for p in pages} == {p.name for p in (ROOT / "docs" / "tasks").iterdir()}
+
+
 def test_readme_opens_with_the_two_commands_and_its_python_runs():
     text = (ROOT / "README.md").read_text()
     commands = [line.strip() for line in text.splitlines() if line.startswith("    ")][:2]

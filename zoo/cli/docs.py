@@ -1,4 +1,4 @@
-"""python -m zoo docs: write README's generated tables anew (a test keeps them current)."""
+"""python -m zoo docs: write README's generated tables and the pages in docs/tasks anew (tests keep them current)."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ import argparse
 import re
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from zoo.cli.list import HEAD, capability_rows, markdown_table
+from zoo.cli.task_pages import chosen, first_comment, task_pages
 
 ROOT = Path(__file__).parents[2]
-
-
-def first_comment(file: Path) -> str:
-    """What a configuration file says about itself."""
-    lines = [
-        line for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line
-    ]
-    return lines[0][2:].strip() if lines else ""
 
 
 def task_table() -> str:
     """One row per task: what it is, its default model and data."""
     rows = []
     for file in sorted((ROOT / "conf" / "task").glob("*.yaml")):
-        chosen: dict[str, str] = {}
-        for entry in OmegaConf.load(file).get("defaults", []):
-            chosen |= {str(k).lstrip("/"): v for k, v in entry.items()} if not isinstance(entry, str) else {}
+        groups = chosen(file)
         rows.append(
-            [f"`{file.stem}`", first_comment(file), f"`{chosen.get('model')}`", f"`{chosen.get('data')}`"]
+            [f"`{file.stem}`", first_comment(file), f"`{groups.get('model')}`", f"`{groups.get('data')}`"]
         )
     return markdown_table(["`task=`", "what", "default model", "default data"], rows)
 
@@ -51,5 +40,9 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m zoo docs", description=__doc__).parse_args(argv)
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text()))
-    print(f"wrote {readme.name}")
+    pages = task_pages()
+    for path, text in pages.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(f"wrote {readme.name} and {len(pages)} pages in docs/tasks")
     return 0
