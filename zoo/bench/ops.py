@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.bench import scans
+from zoo.bench import ops_sparse
 from zoo.bench.timing import Timing, take_turns
 
 HEADS, WIDTH = 4, 64
@@ -59,27 +61,18 @@ def ours() -> dict[str, Operation]:
         "linear causal": lambda q, k, v: linear.linear_attention(q, k, v, causal=True),
         "mala": linear.mala,
         "mala causal": lambda q, k, v: linear.mala(q, k, v, causal=True),
-        **_recurrent(),
+        **scans.ours(),
     }
-
-
-def _recurrent() -> dict[str, Operation]:
-    """Decay scans with fixed gates."""
-    from kernels.decay import decay_scan
-
-    def scalar(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return decay_scan(q, k, v, log_g=q.new_full(q.shape[:3], -0.05))
-
-    def vector(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return decay_scan(q, k, v, log_g=torch.full_like(q, -0.05))
-
-    return {"decay (scalar)": scalar, "decay (per channel)": vector}
 
 
 def compare_at(tokens: int, names: list[str] | None = None, budget_s: float = 40.0) -> dict[str, Timing]:
     """All operations and peers at one length; slow ones are still given three rounds."""
-    operations = {**PEERS, **ours()}
-    chosen = {n: operation(f, tokens) for n, f in operations.items() if names is None or n in names}
+    operations = {**PEERS, **scans.peers(), **ours()}
+    chosen = {
+        n: operation(f, tokens)
+        for n, f in operations.items()
+        if (names is None or n in names) and tokens <= scans.LONGEST.get(n, tokens)
+    }
     return take_turns(chosen, rounds=20, warmup=2, budget_s=budget_s)
 
 

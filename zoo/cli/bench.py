@@ -114,11 +114,13 @@ def time_ops(args: argparse.Namespace) -> list[dict]:
         "operation (fwd + bwd, ms)", *map(str, args.lengths), "SDPA / ours at the longest", "exponent"
     )
     last = by_length[args.lengths[-1]]
-    for name in last:
-        times = [by_length[n][name].p50 for n in args.lengths]
-        ratio = f"{last['torch.SDPA'].p50 / times[-1]:.1f}" if "torch.SDPA" in last else "-"
-        slope = f"{exponent(args.lengths, times):.2f}" if len(times) > 1 else "-"
-        table.add_row(name, *(f"{t:.2f}" for t in times), ratio, slope)
+    # Some contestants stop at a shorter length.
+    for name in dict.fromkeys(name for n in args.lengths for name in by_length[n]):
+        times = {n: by_length[n][name].p50 for n in args.lengths if name in by_length[n]}
+        ratio = f"{last['torch.SDPA'].p50 / last[name].p50:.1f}" if {"torch.SDPA", name} <= set(last) else "-"
+        slope = f"{exponent(list(times), list(times.values())):.2f}" if len(times) > 1 else "-"
+        shown = (f"{times[n]:.2f}" if n in times else "-" for n in args.lengths)
+        table.add_row(name, *shown, ratio, slope)
     out = Console()
     (out if out.is_terminal else Console(width=120)).print(table)
     print(f"B 1, H 4, D 64, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
