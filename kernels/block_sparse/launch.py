@@ -39,7 +39,7 @@ def sparse(rule: tuple[int, ...], queries: int, keys: int, device: torch.device)
 
 def _shared_tiles(backend: str, dot: str, d: int, e: int, arch: int) -> softmax.Tiles:
     """All kernels walk the same lists, hence the tiles of the one with the least room."""
-    return softmax.tiles("bwd_dkdv", backend, dot, d, e, arch, True)
+    return softmax.tiles("bwd_dkdv", backend, dot, d, e, arch, "rich")
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule, scale):
@@ -81,7 +81,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         (tk.softmax_bwd_dkdv_kernel, "bwd_dkdv", 4),
         (tk.softmax_bwd_dq_kernel, "bwd_dq", 3),
     ):
-        t = softmax.tiles(name, target.backend, dot, dim, dim, arch, True)
+        t = softmax.tiles(name, target.backend, dot, dim, dim, arch, "rich")
         t = replace(t, queries=shared.queries, keys=shared.keys)
         for variant, (rule, keys) in RULES.items():
             names = ("mask",) if variant in ("2d", "segments") else ()

@@ -79,7 +79,19 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         for variant, (names, band, mod, softcap, share) in VARIANTS.items():
             if name == "bwd_dbias" and not ("bias" in names and bias_kernel(dot, dim, dim, target.backend)):
                 continue
-            t = tiles(name, target.backend, dot, dim, dim, arch, variant not in ("plain", "causal+mask"))
+            t = tiles(
+                name,
+                target.backend,
+                dot,
+                dim,
+                dim,
+                arch,
+                "factors"
+                if "factors" in names
+                else "plain"
+                if variant in ("plain", "causal+mask")
+                else "rich",
+            )
             config = Config(
                 dim**-0.5,
                 softcap,

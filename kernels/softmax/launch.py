@@ -60,12 +60,14 @@ class Tiles:
     stages: int
 
 
-def tiles(kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, rich: bool = False) -> Tiles:
+def tiles(
+    kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, scores: str = "plain"
+) -> Tiles:
     """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
 
     The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles. So do ``rich`` scores, with more than a band and a key mask. AMD runs out of scalar registers first. ``arch`` is the compute
-    capability times ten on NVIDIA.
+    smaller tiles. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all. AMD runs out of scalar registers
+    first. ``arch`` is the compute capability times ten on NVIDIA.
     """
     wide = max(pow2(d), pow2(e)) > 64
     if dot == "float32":
@@ -75,8 +77,12 @@ def tiles(kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, r
         return Tiles(side, side, 8 if wide or (kernel == "bwd_dbias" and backend == "cuda") else 4, 1)
     if backend == "hip":
         return Tiles(32, 16, 4, 1)
-    if rich or (kernel == "bwd_dkdv" and wide and arch < 90):
-        return Tiles(32 if wide else 64, 32, 8, 1)
+    if scores == "factors" and wide:
+        return Tiles(32, 32, 8, 1)
+    if kernel == "bwd_dkdv" and (scores != "plain" or (wide and arch < 90)):
+        return Tiles(32, 32, 4, 1)
+    if scores != "plain":
+        return Tiles(32, 64 if kernel == "bwd_dq" else 32, 8, 1) if wide else Tiles(64, 32, 8, 1)
     if kernel == "fwd":
         return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
     if kernel == "bwd_dkdv" and not wide and arch >= 100:
@@ -180,9 +186,11 @@ class Call:
     def tiles(self, kernel: str) -> Tiles:
         dot, _ = types_of(self.q)
         p = self.problem
-        pairwise = any(t is not None for t in (p.bias, p.post, p.phi_q, p.table_a))
-        rich = pairwise or self.sparse is not None or (p.pos_q is not None and not p.aligned)
-        found = tiles(kernel, backend(), dot, self.size.d, self.size.e, compute_capability(), rich)
+        pairwise = any(t is not None for t in (p.bias, p.post, p.table_a))
+        placed = p.pos_q is not None and not p.aligned
+        rich = pairwise or placed or self.sparse is not None or p.softcap > 0
+        scores = "factors" if p.phi_q is not None else "rich" if rich else "plain"
+        found = tiles(kernel, backend(), dot, self.size.d, self.size.e, compute_capability(), scores)
         return (
             found
             if self.sparse is None

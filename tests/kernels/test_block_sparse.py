@@ -1,5 +1,7 @@
 """Mask rules, block lists, and attention under them."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from kernels import block_sparse as sparse
 from kernels import softmax as dense
 from kernels.block_sparse import torch as torch_path
 from kernels.block_sparse.lists import key_lists
+from kernels.block_sparse.masks import decode
 
 CPU = torch.device("cpu")
 RULES = {
@@ -139,3 +142,31 @@ def test_refusals_name_the_rule():
     with pytest.raises(ValueError, match="each of the 2 axes"):
         sparse.Neighborhood((5, 5), (3,))
     assert sparse.cost(1, 2, 10, 3, 4).flops == 2 * 2 * 10 * 3 * 8
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_and_its_code_are_the_same(name):
+    rule = RULES[name]
+    again = decode(rule.code())
+    assert again.tokens == rule.tokens
+    assert torch.equal(sparse.dense_mask(again, CPU), sparse.dense_mask(rule, CPU))
+
+
+@pytest.mark.parametrize("name", ["1d-dilated", "2d", "2d-stride", "2d-causal", "3d"])
+def test_agrees_with_natten(name):
+    """Its flex backend, forward only; a source install without its compiled library will do."""
+    reason = "natten is not installed (pip install --no-deps --no-build-isolation natten)"
+    functional = pytest.importorskip("natten.functional", reason=reason)
+    rule = RULES[name]
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, rule.tokens - rule.prefix, 8, generator=gen) for _ in range(3))
+    if rule.prefix:
+        rule = sparse.Neighborhood(rule.shape, rule.window)
+    grids = [t.transpose(1, 2).unflatten(1, rule.shape) for t in (q, k, v)]
+    call = getattr(functional, f"na{len(rule.shape)}d")
+    options = dict(kernel_size=rule.window, dilation=rule.dilation, stride=rule.stride, is_causal=rule.causal)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = call(*grids, backend="flex-fna", **options)
+    want = want.flatten(1, len(rule.shape)).transpose(1, 2)
+    torch.testing.assert_close(sparse.attention(q, k, v, rule), want, rtol=1e-4, atol=1e-5)

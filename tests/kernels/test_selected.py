@@ -166,7 +166,16 @@ def test_agrees_with_flash_linear_attention(monkeypatch):
     want = naive.naive_nsa_selection(flip(q), flip(k), flip(v), flip(index), block_size=4)
     have = selected.attention(q, k, v, index, block_size=4, causal=True)
     assert (flip(want) - have).abs().max() < 1e-5
+    # Its choice: mean probability of the group over begun blocks, complete ones scored; first, own and previous block always taken.
     pooled = [t.unflatten(2, (6, 4)).mean(3) for t in (k, v)]
+    stencil = selected.overlap_stencil(6, 6, 4, 4, 4, torch.device("cpu"))
+    complete = (blocks * 4 + 3 <= torch.arange(24)[:, None])[None, None]
+    ours = selected.block_scores(q, pooled[0], stencil, visible=complete)
+    forced = (blocks == 0) | (blocks == own) | (blocks == own - 1)
+    ours = selected.select_blocks(ours, 4, forced=forced & (blocks <= own), valid=blocks <= own)
+    theirs = flip(naive.naive_nsa_topk(flip(q), flip(pooled[0]), 4, 4, 6**-0.5))
+    missing = lambda t: t.where(t >= 0, 99).sort(-1).values
+    assert torch.equal(missing(ours), missing(theirs.long()))
     ends = torch.arange(6) * 4 + 3
     want = naive.naive_nsa_compression(flip(q), flip(pooled[0]), flip(pooled[1]), 4, 6**-0.5)[0]
     have = dense.attention(q, *pooled, causal=True, positions=(torch.arange(24), ends))
