@@ -21,9 +21,12 @@ from zoo.attention.base import (
     Attention,
     BiasFactors,
     Grid,
+    Pattern,
+    State,
     dense_bias,
     masked_softmax,
     scaled_scores,
+    split_heads,
     visible_pairs,
 )
 from zoo.attention.registry import register_attention
@@ -83,6 +86,13 @@ class SoftmaxAttention(Attention):
         q, k, v = super().project(x, context, value)
         return self.q_norm(q), self.k_norm(k), v
 
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        if self.pattern is not Pattern.CROSS:
+            return super().step(x_t, state)
+        self._check_streaming()
+        q = self.q_norm(split_heads(self.q(x_t), self.num_heads))  # the keys are in the state
+        return self.output(self.attend(q, **state), x_t), state
+
     def attend(
         self,
         q: Tensor,
@@ -100,7 +110,8 @@ class SoftmaxAttention(Attention):
             v,
             key_mask=key_mask,
             bias=dense_bias(bias),
-            causal=self.causal,
+            # One query at the end of its keys, as in decoding, sees them all: no mask to build.
+            causal=self.causal and (positions is not None or q.shape[2] != 1),
             positions=positions,
             softcap=self.softcap,
             return_lse=self.sink != "none",
