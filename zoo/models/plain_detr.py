@@ -3,7 +3,7 @@
 Paper: "DETR does not need multi-scale or locality design", arXiv:2308.01904. Official code: impiga/Plain-DETR, MIT.
 Kept from it: BoxRPB, mixed selection, two stages, hybrid matching, iterative boxes whose gradients look forward
 twice, boxes as changes relative to their reference.
-Differs from it in: a convolutional stem of stride 8 and few narrow layers, for small images from scratch; optional
+Differs from it in: a convolutional stem of stride 8 (or a timm model) and few narrow layers, for small images; optional
 encoder layers; proposals from that one scale; padding is hidden with -inf instead of -100.
 """
 

@@ -1,7 +1,8 @@
 """Semantic segmentation with a plain vision transformer and a choice of heads.
 
-Papers: Segmenter (linear and mask transformer), arXiv:2105.05633; UPerNet, arXiv:1807.10221.
-Differs from them in: a convolutional stem whose maps the pyramid head may use, for small images from scratch.
+Papers: Segmenter (linear and mask transformer), arXiv:2105.05633; UPerNet, arXiv:1807.10221; EoMT, arXiv:2503.19108.
+Differs from them in: a convolutional stem whose maps the pyramid head may use, for small images from scratch; or a
+timm model in its place.
 """
 
 from __future__ import annotations
