@@ -4,7 +4,8 @@ Paper: "MultiTab: multitask learning on tabular data", arXiv:2511.09970, AAAI 20
 (no licence file seen).
 Differs from it in: attention over rows works (the released one with rotary positions attends over a sequence of length
 1); while predicting, rows look at a fixed bank of training rows instead of at their batch mates, so that a prediction
-does not depend on its batch; task tokens are plain parameters.
+does not depend on its batch; task tokens are plain parameters; the first block's attention has no norm, as in
+FT-Transformer: a norm would hide how large the inputs are.
 """
 
 from __future__ import annotations
