@@ -18,7 +18,8 @@ def tiles(kernel: str, where: str, dot: str) -> Tiles:
     """Rows and keys: the forward and dq kernels have the heads of one group as rows, whose number is given elsewhere."""
     small = where == "hip" or dot == "float32"
     rows = 64 if kernel in ("scores", "bwd_dkdv") and not small else 16
-    return Tiles(rows, 16 if small else 32, 4, 1)
+    few = where == "hip" or (small and kernel != "bwd_dkdv")
+    return Tiles(rows, 16 if few else 32, 4, 1)
 
 
 def _plan(

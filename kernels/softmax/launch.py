@@ -79,6 +79,8 @@ def tiles(
         return Tiles(32, 16, 4, 1)
     if scores == "factors" and wide:
         return Tiles(32, 32, 8, 1)
+    if kernel == "bwd_dkdv" and scores == "rich" and not wide and arch >= 100:
+        return Tiles(64, 32, 8, 1)
     if kernel == "bwd_dkdv" and (scores != "plain" or (wide and arch < 90)):
         return Tiles(32, 32, 4, 1)
     if scores != "plain":

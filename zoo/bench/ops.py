@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.bench import scans
-from zoo.bench import ops_sparse
+from zoo.bench import ops_sparse, scans
 from zoo.bench.timing import Timing, take_turns
 
 HEADS, WIDTH = 4, 64
@@ -62,12 +61,13 @@ def ours() -> dict[str, Operation]:
         "mala": linear.mala,
         "mala causal": lambda q, k, v: linear.mala(q, k, v, causal=True),
         **scans.ours(),
+        **ops_sparse.ours(),
     }
 
 
 def compare_at(tokens: int, names: list[str] | None = None, budget_s: float = 40.0) -> dict[str, Timing]:
     """All operations and peers at one length; slow ones are still given three rounds."""
-    operations = {**PEERS, **scans.peers(), **ours()}
+    operations = {**PEERS, **scans.peers(), **ops_sparse.peers(tokens), **ours()}
     chosen = {
         n: operation(f, tokens)
         for n, f in operations.items()
