@@ -11,6 +11,8 @@ import torch
 
 from kernels.decay import decay_scan
 from kernels.delta import delta_scan
+from kernels.linear import linear_attention
+from zoo.bench import scans
 
 if importlib.util.find_spec("fla") is None:
     pytest.skip("fla-core is not installed (pip install --no-deps fla-core)", allow_module_level=True)
@@ -68,3 +70,33 @@ def test_kda():
     q, k, v, beta, g = make()
     want = naive("kda", "naive_recurrent_kda")(t(q), t(k), t(v), t(g), t(beta))[0]
     near(delta_scan(q * 6**-0.5, k, v, beta, log_g=g), t(want))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("decay", "fla simple gla"),
+        ("decay per channel", "fla gla step by step"),
+        ("delta", "fla gated delta"),
+        ("kda", "fla kda"),
+    ],
+)
+def test_what_the_benchmark_compares_is_the_same_function(ours, theirs):
+    """Values and gradients, gates included: they are computed from the inputs."""
+    gen = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, 2, 128, 16, generator=gen).requires_grad_() for _ in range(3)]
+    q, k, v = leaves
+    near_all(scans.ours()[ours](q / 4, k, v), scans.peers()[theirs](q, k, v), leaves)
+
+
+def test_causal_linear_attention():
+    gen = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, 2, 128, 16, generator=gen).requires_grad_() for _ in range(3)]
+    near_all(linear_attention(*leaves, causal=True), scans.peers()["fla linear"](*leaves), leaves)
+
+
+def near_all(have, want, leaves):
+    near(have, want)
+    grads = [torch.autograd.grad(o.sin().sum(), leaves) for o in (have, want)]
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
