@@ -179,9 +179,8 @@ class RewindLog(Callback):
     """
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
-        checkpoint["last_row"] = {
-            k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")
-        }
+        row = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        checkpoint["last_row"] = row and row | {"epoch": trainer.current_epoch}
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
         # Here and not at the start of the training, which a run that was killed in its test does not see again.

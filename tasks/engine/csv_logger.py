@@ -58,7 +58,8 @@ class MetricsCsv(Logger):
             last: Metrics of the step before, which a checkpoint holds because it is saved before they are logged.
         """
         self._rows = [row for row in self._rows if int(row["step"]) < step]
-        if last and not any(int(row["step"]) == step - 1 and row.keys() & last.keys() for row in self._rows):
+        own = set(last or ()) - {"epoch"}  # validation rows have an epoch as well
+        if last and not any(int(row["step"]) == step - 1 and row.keys() & own for row in self._rows):
             self._rows.append({"step": step - 1, **last})
             self._extend_columns(last)
         self._header_is_old = True

@@ -154,3 +154,30 @@ def test_tensorboard_file_holds_what_metrics_csv_holds(tmp_path):
     assert logged == pytest.approx(losses(tmp_path), rel=1e-5)
     result = json.loads((tmp_path / "result.json").read_text())
     assert events.Scalars("test/accuracy")[-1].value == pytest.approx(result["test"]["accuracy"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_leave_one_whole_table(tmp_path, capfd):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    import subprocess
+
+    command = [
+        sys.executable,
+        "train.py",
+        "-m",
+        "launcher=joblib",
+        *SMALL,
+        "attention=none,softmax",
+        "seed=0,-1",
+    ]
+    command += [
+        "trainer.max_epochs=1",
+        "trainer.threads=1",
+        "callbacks.progress=none",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 1 and "2 jobs done, 2 failed" in done.stderr, done.stderr[-2000:]
+    with open(tmp_path / "leaderboard.csv", newline="") as file:
+        assert {row["attention"] for row in csv.DictReader(file)} == {"none", "softmax"}
+    assert (tmp_path / "leaderboard.md").read_text().count("not in bounds") >= 2
