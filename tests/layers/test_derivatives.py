@@ -215,6 +215,11 @@ def test_layer_norm_is_right_to_third_order_where_the_fused_one_is_not():
         torch.testing.assert_close(table[(2,)], tables["reverse"][(2,)])
 
 
+@pytest.mark.parametrize(("fields", "method"), [(1, "reverse"), (3, "taylor")])
+def test_fields_share_a_pass_where_there_are_several(fields, method):
+    assert choose_method(network("pinn_mlp", fields=fields), box(2), WANTED)[0] == method
+
+
 def test_algebra_counts_and_names():
     assert algebra(2, ((2, 0), (0, 1))).indices == [(0, 0), (1, 0), (0, 1), (2, 0)]
     jet = seed_jet(torch.rand(3, 2), [(2, 0)])
