@@ -103,7 +103,7 @@ def test_predict_and_show_commands(finished, tmp_path, capsys):
     assert main(["predict", str(finished), str(tmp_path), "--json"]) == 1
     out = capsys.readouterr()
     assert json.loads(out.out)["label"] in set("0123456789")
-    assert "b.png" in out.err and "1 input(s) skipped" in out.err
+    assert "b.png" in out.err and "1 of 2 inputs skipped" in out.err
     assert main(["show", str(finished)]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["accuracy"] > 0.5
     assert main(["show", "malla"]) == 2

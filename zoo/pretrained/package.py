@@ -16,7 +16,12 @@ from zoo.pretrained.weights import build_from_card, card_path, read_card, read_t
 MAX_BYTES, MAX_TOTAL_BYTES = 2 * 2**20, 20 * 2**20
 # Two-sided 95 % of Student's t by degrees of freedom.
 _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-_SHARES = re.compile(r"^(accuracy|hr_at_\d+|recall)(_|$)")
+# Metrics that are a share of independent test samples, by task. (A pixel accuracy or COCO's recall is not.)
+_SHARES = {
+    "vit": re.compile(r"accuracy"),
+    "tabular": re.compile(r"accuracy$"),
+    "recommendation": re.compile(r"hr_at_\d+$"),
+}
 
 
 def weights_name(card: Mapping[str, Any]) -> str:
@@ -111,7 +116,8 @@ def intervals(card: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ())
             found[metric] = [mean - half, mean + half]
         return found
     size = card["data"]["split"].get("sizes", {}).get("test", 0)
-    shares = {m: v for m, v in card["metrics"].items() if _SHARES.match(m) and 0 <= v <= 1}
+    share = _SHARES.get(card["task"])
+    shares = {m: v for m, v in card["metrics"].items() if share and share.match(m)}
     if not size or not shares:
         return {"method": "none: one run, and no metric that is a share of test samples"}
     return {"method": f"Wilson, {size} test samples"} | {m: wilson(v, size) for m, v in shares.items()}
