@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import tempfile
 import time
 import warnings
@@ -34,6 +33,7 @@ from tasks.engine.trainer import build_trainer
 from zoo.attention.slots import AttentionFactory, slot_table
 from zoo.layers.flops import count_flops
 from zoo.pretrained.weights import save_weights
+from zoo.system import peak_memory
 
 
 @dataclass
@@ -209,7 +209,7 @@ def peak_memory_mib() -> float:
     """High-water mark of device memory where a GPU is used, of the process elsewhere."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory() / 2**20
 
 
 def _best_valid(trainer: L.Trainer) -> dict[str, float]:

@@ -44,12 +44,12 @@ def test_splits_differ_and_depend_on_the_split_seed_alone():
 
 def test_baselines_bound_what_can_be_learned():
     scores = create_data("mqar", **SMALL).compute_baselines()
-    assert scores["any_value"]["accuracy"] < scores["value_of_the_sequence"]["accuracy"] == 1 / 8
+    assert scores["any_value"]["accuracy"] < scores["value_of_the_sequence"]["accuracy"] == 1 / 16
     assert 0.8 < scores["token_after_last_match"]["accuracy"] <= 1
 
 
 def test_sizes_that_cannot_be():
-    with pytest.raises(DataError, match="too small for 8 pairs"):
+    with pytest.raises(DataError, match="too small for 16 pairs"):
         create_data("mqar", length=30)
     with pytest.raises(DataError, match="power"):
         create_data("mqar", power=0.0)

@@ -273,7 +273,7 @@ def test_slots():
         ({"num_heads": 5}, "num_heads=5 must divide dim=64"),
         ({"dim": 0}, "dim=0 must be a whole number of at least 1"),
         ({"depth": 2.5}, "depth=2.5"),
-        ({"pool": "token"}, "class_token=true or pool='mean'"),
+        ({"pool": "token"}, "class_token=true, pool='mean' or pool='ep'"),
         ({"pool": "men"}, "did you mean 'mean'"),
         ({"stem": "patc"}, "did you mean 'patch'"),
         ({"init": "xavir"}, "did you mean 'xavier'"),

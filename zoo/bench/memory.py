@@ -6,7 +6,6 @@ Memory does not depend on what else computes on the machine, so this may run at 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,16 +18,11 @@ import numpy as np
 import torch
 
 from zoo.errors import unknown
+from zoo.system import peak_memory
 
 GIB = 2**30
 PIECE_ROWS = 8192
 MODULE = "zoo.bench.memory"
-
-
-def peak_bytes() -> int:
-    """High-water mark of this process' resident memory."""
-    high = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return high if sys.platform == "darwin" else high * 1024
 
 
 def click_step(**_: Any) -> dict[str, float]:
@@ -82,13 +76,13 @@ def _stream_once(path: Path, rows: int, columns: int) -> dict[str, float]:
 
     # In another process: what writing the file takes is not what reading it takes.
     subprocess.run([sys.executable, "-m", MODULE, "write", path, str(rows), str(columns)], check=True)
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     options = {"sample_rows": 5000, "bins": "quantile", "baseline_models": "none"}
     data = TableStreamData(path=str(path), target="y", scratch=str(path.parent), **options)
     data.setup()
     for _ in data.train_dataloader():
         pass
-    used = {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
+    used = {"before": before, "peak": peak_memory(), "seconds": time.perf_counter() - start}
     return {"limit": before + 1.5 * path.stat().st_size, "file": path.stat().st_size, **used}
 
 
@@ -122,17 +116,17 @@ def _pinn_step(method: str, chunk: int) -> dict[str, float]:
     from zoo.bench.peers_pinn import POINTS, network, residual_step
 
     step = residual_step(network("softmax"), torch.rand(POINTS, 2), method, chunk)
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     step()
-    return {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
+    return {"before": before, "peak": peak_memory(), "seconds": time.perf_counter() - start}
 
 
 def _step(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, float]:
     optimizer = torch.optim.AdamW(model.parameters())
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     loss().backward()
     optimizer.step()
-    return {"before": before, "peak": peak_bytes(), "seconds": time.perf_counter() - start}
+    return {"before": before, "peak": peak_memory(), "seconds": time.perf_counter() - start}
 
 
 CASES: dict[str, Callable[..., dict[str, float]]] = {
