@@ -45,7 +45,9 @@ def test_card_is_complete(name):
 @pytest.mark.parametrize("name", PACKAGED)
 def test_metrics_are_reproduced(name):
     if weights.read_card(weights.resolve(name))["task"] == "asr":
-        pytest.skip("its corpus is rendered for minutes on a fresh machine; `python -m zoo verify` repeats it")
+        pytest.skip(
+            "its corpus is rendered for minutes on a fresh machine; `python -m zoo verify` repeats it"
+        )
     try:
         card, now = reproduce(name)
     except DataError as error:
