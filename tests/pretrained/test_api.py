@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def local(tmp_path, monkeypatch):
     """Two named weights in the user's folder."""
-    for attention in ("mala", "linear"):
+    for attention in ("mala", "gla"):
         folder = tmp_path / attention
         path = tiny_weights("vit", folder, attention)
         for file in (path, path.with_suffix(".json")):
@@ -35,18 +35,18 @@ def test_models_are_listed_by_task_attention_and_weights(local):
     }
     takes_gla = zoo.list_models(attention="gla")
     assert "vit" in takes_gla and "pinn_mlp" not in takes_gla and "tno" not in takes_gla
-    assert {"vit_micro_mala.tiny", "vit_micro_linear.tiny"} <= set(zoo.list_models(pretrained=True))
-    assert zoo.list_models("*tiny", pretrained=True, attention="linear") == ["vit_micro_linear.tiny"]
+    assert {"vit_micro_mala.tiny", "vit_micro_gla.tiny"} <= set(zoo.list_models(pretrained=True))
+    assert zoo.list_models("*tiny", pretrained=True, attention="gla") == ["vit_micro_gla.tiny"]
     assert zoo.list_models("*tiny", pretrained=True, task="asr") == []
 
 
 def test_create_with_weights_takes_options_and_attention_from_the_card(local):
     images = torch.randn(2, 3, 16, 16)
-    expected = zoo.load("vit_micro_linear.tiny").model(images)
+    expected = zoo.load("vit_micro_gla.tiny").model(images)
     for arguments in (
-        {"pretrained": "vit_micro_linear.tiny"},
-        {"pretrained": True, "attention": "linear"},
-        {"pretrained": local / "vit_micro_linear.tiny.safetensors", "num_classes": 3},
+        {"pretrained": "vit_micro_gla.tiny"},
+        {"pretrained": True, "attention": "gla"},
+        {"pretrained": local / "vit_micro_gla.tiny.safetensors", "num_classes": 3},
     ):
         model = zoo.create_model("vit", **arguments).eval()
         assert torch.equal(model(images), expected) and not model.load_report.mismatched
@@ -57,18 +57,18 @@ def test_another_head_starts_afresh_and_another_attention_is_refused(local):
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 7)
     assert model.load_report.mismatched == ["head.bias [3] -> [7]", "head.weight [3, 16] -> [7, 16]"]
     with pytest.raises(WeightsError, match="missing"):
-        zoo.create_model("vit", pretrained="vit_micro_linear.tiny", attention="mala")
+        zoo.create_model("vit", pretrained="vit_micro_gla.tiny", attention="mala")
     with pytest.raises(WeightsError, match="not of 'aed'"):
         zoo.create_model("aed", pretrained="vit_micro_mala.tiny")
-    with pytest.raises(ConfigError, match="vit_micro_linear.tiny.*PATH_OR_NAME"):
+    with pytest.raises(ConfigError, match="vit_micro_gla.tiny.*PATH_OR_NAME"):
         zoo.create_model("vit", pretrained=True)
 
 
 def test_a_resampled_table_is_reported(local):
     model = zoo.create_model(
-        "vit", attention="linear", image_size=32, in_channels=3, num_classes=3, dim=16, depth=1, num_heads=2
+        "vit", attention="gla", image_size=32, in_channels=3, num_classes=3, dim=16, depth=1, num_heads=2
     )
-    report = load_weights(model, "vit_micro_linear.tiny")
+    report = load_weights(model, "vit_micro_gla.tiny")
     assert report.reshaped == ["pos_embed [1, 16, 16] -> [1, 64, 16]"]
     assert "1 reshaped" in str(report)
 
@@ -137,8 +137,8 @@ def test_what_is_not_imported_and_what_is_exported():
 def test_the_listing_says_how_good_weights_are(local, capsys):
     from zoo.__main__ import main
 
-    assert main(["list", "weights", "--attention", "linear"]) == 0
-    assert capsys.readouterr()[0].split()[:3] == ["vit_micro_linear.tiny", "vit", "loss"]
+    assert main(["list", "weights", "--attention", "gla"]) == 0
+    assert capsys.readouterr()[0].split()[:3] == ["vit_micro_gla.tiny", "vit", "loss"]
     assert main(["list", "models", "--task", "ctr", "--attention", "softmax"]) == 0
     assert {"dare", "din"} <= set(capsys.readouterr()[0].split())
     assert main(["list", "weights", "--task", "asr"]) == 0
