@@ -79,7 +79,7 @@ class PhysicsFormer(PointNetwork):
         dim: int = 16,
         heads: int = 2,
         tokens: int = 3,
-        step: float = 0.01,
+        step: float = 0.02,
         axis: int = -1,
         encoder_layers: int = 1,
         decoder_layers: int = 1,
