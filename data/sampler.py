@@ -67,7 +67,7 @@ class EpochSampler(Sampler[BatchKey]):
 
     Training: every process gets the same number of batches; what does not divide evenly among the
     processes is left out, a different remainder each epoch. Evaluation (``shuffle=False``): every sample
-    exactly once.
+    exactly once, in as many batches in every process, as collectives inside a model want.
 
     Args:
         length: Samples in the split.
@@ -92,8 +92,9 @@ class EpochSampler(Sampler[BatchKey]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if shuffle and length < world_size:
-            raise ValueError(f"{length} training samples cannot be shared among {world_size} processes")
+        if length < world_size > 1:
+            kind = "training" if shuffle else "evaluation"
+            raise ValueError(f"{length} {kind} samples cannot be shared among {world_size} processes")
         self.length = length
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -118,19 +119,23 @@ class EpochSampler(Sampler[BatchKey]):
         return permutation[self.rank : share * self.world_size : self.world_size]
 
     def __len__(self) -> int:
-        if self.shuffle:
-            count = self.length // self.world_size
-        else:
-            count = len(range(self.rank, self.length, self.world_size))
+        count = self.length // self.world_size
+        if not self.shuffle:
+            largest = math.ceil(self.length / self.world_size)
+            return min(count, math.ceil(largest / self.batch_size))
         if self.drop_last and count >= self.batch_size:
             return count // self.batch_size
         return math.ceil(count / self.batch_size)
 
     def __iter__(self) -> Iterator[BatchKey]:
         order, epoch = self.order(), self.epoch if self.shuffle else -1
-        for batch in range(self.start_batch, len(self)):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield BatchKey(indices, epoch, batch, self.rank)
+        size, count = self.batch_size, len(self)
+        if self.shuffle or self.world_size == 1:
+            pieces = [order[i * size : (i + 1) * size] for i in range(count)]
+        else:
+            pieces = np.array_split(order, count)
+        for batch in range(self.start_batch, count):
+            yield BatchKey(pieces[batch], epoch, batch, self.rank)
 
 
 class EpochLoader:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from tasks.engine.sharding import shard
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError
 
@@ -114,6 +115,11 @@ class ZooTask(L.LightningModule):
         return {}
 
     # ---------------------------------------------------------------- Lightning
+
+    def configure_model(self) -> None:
+        """Share out the network where the trainer has a mesh of processes (trainer=fsdp)."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tasks.base import ZooTask, batch_size
 from tasks.engine.csv_logger import MetricsCsv
 from tasks.engine.folder import write_atomic
+from tasks.engine.sharding import as_held, own_parameters, whole
 from zoo.errors import ConfigError, WeightsError, ZooError
 
 
@@ -74,7 +75,7 @@ class AveragedWeights(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: ZooTask) -> None:
         parameters = list(module.model.parameters())
         if self.average:
-            self.average = [a.to(p.device) for a, p in zip(self.average, parameters, strict=True)]
+            self.average = [as_held(a, p) for a, p in zip(self.average, parameters, strict=True)]
         else:
             self.average = [p.detach().clone() for p in parameters]
 
@@ -88,7 +89,7 @@ class AveragedWeights(Callback):
 
     @torch.no_grad()
     def _exchange(self, module: ZooTask) -> None:
-        for parameter, average in zip(module.model.parameters(), self.average, strict=True):
+        for parameter, average in zip(own_parameters(module.model), self.average, strict=True):
             live = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(live)
@@ -103,11 +104,12 @@ class AveragedWeights(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
         names = [n for n, _ in module.model.named_parameters()]
-        checkpoint["ema"] = dict(zip(names, self.average, strict=True))
+        checkpoint["ema"] = {n: whole(a) for n, a in zip(names, self.average, strict=True)}
         checkpoint["ema_step"] = self.step
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
-        self.average = list(checkpoint["ema"].values())
+        averages = zip(checkpoint["ema"].values(), own_parameters(module.model), strict=True)
+        self.average = [as_held(a, p) for a, p in averages]
         self.step = checkpoint["ema_step"]
 
 
@@ -124,14 +126,42 @@ class StopOnNan(Callback):
 
 
 class SaveWhenTerminated(Callback):
-    """On SIGTERM (a scheduler's end of time) the step that ran is saved; Lightning raises after it."""
+    """On SIGTERM (a scheduler's end of time) the step that ran is saved; Lightning raises after it.
+
+    Amid a validation Lightning would raise between two of its batches, with the averaged weights in the model and half of the
+    metrics summed: nothing to resume from. The signal is held until the validation has ended.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = False
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.received_sigterm and trainer.state.fn == "fit":
+            self._held, trainer._signal_connector.received_sigterm = True, False
+
+    def on_validation_end(self, trainer: L.Trainer, module: ZooTask) -> None:
+        if self._held:
+            trainer._signal_connector.received_sigterm = True
 
     def on_exception(self, trainer: L.Trainer, module: ZooTask, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit":
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.validating:
             trainer.save_checkpoint(self.path)
+
+
+class SaveBetweenValidations(ModelCheckpoint):
+    """Saves every so many steps, but not where an epoch or a validation ends, which saves by itself.
+
+    A run that resumes from the state between a step and its validation goes on with the next step: the validation would be lost.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        loop = trainer.fit_loop
+        if not (
+            loop.epoch_loop.batch_progress.is_last_batch
+            or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        ):
+            super().on_train_batch_end(trainer, *args)
 
 
 class Speed(Callback):
@@ -233,7 +263,7 @@ def build_callbacks(
     )
     if checkpoint_every_steps is not None:
         callbacks.append(
-            ModelCheckpoint(
+            SaveBetweenValidations(
                 checkpoints, "last", every_n_train_steps=checkpoint_every_steps, enable_version_counter=False
             )
         )

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from tasks.base import ZooTask
 from tasks.engine.build import build_data, build_task, plain
@@ -29,10 +30,11 @@ from tasks.engine.folder import (
 from tasks.engine.memory import is_out_of_memory, remembered, smaller_batch
 from tasks.engine.protocol import Budget, describe, settle
 from tasks.engine.report import print_result, print_slots
+from tasks.engine.sharding import load_whole_state, whole_state
 from tasks.engine.trainer import build_trainer
 from zoo.attention.slots import AttentionFactory, slot_table
 from zoo.layers.flops import count_flops
-from zoo.pretrained.weights import save_weights
+from zoo.pretrained.weights import save_tensors
 from zoo.system import peak_memory
 
 
@@ -70,9 +72,10 @@ def run(cfg: DictConfig, folder: Path, search: dict[str, Any] | None = None) -> 
         # Every process draws: figures may gather metrics from all of them.
         with tempfile.TemporaryDirectory() as elsewhere:
             figures = task.figures(folder / "figures" if trainer.is_global_zero else Path(elsewhere))
+        tensors = whole_state(task.model)
         if not trainer.is_global_zero:
             return {}
-        return finish(fitted, folder, figures, search)
+        return finish(fitted, folder, figures, tensors, search)
 
 
 def train(cfg: DictConfig, folder: Path) -> Fitted:
@@ -122,9 +125,13 @@ def _train_once(cfg: DictConfig, folder: Path, keep: bool) -> Fitted:
 
 
 def finish(
-    fitted: Fitted, folder: Path, figures: list[Path], search: dict[str, Any] | None
+    fitted: Fitted,
+    folder: Path,
+    figures: list[Path],
+    tensors: dict[str, Tensor],
+    search: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """After the test: baselines, weights, result.json and the printed table."""
+    """After the test, in the first process: baselines, weights, result.json and the printed table."""
     cfg, data, task, trainer = fitted.cfg, fitted.data, fitted.task, fitted.trainer
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
     speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
@@ -163,7 +170,7 @@ def finish(
     }
     result["figures"] = [str(Path(f).relative_to(folder)) for f in figures]
     card = make_card(cfg, data, task, fitted.factories, result)
-    save_weights(folder / "weights.safetensors", task.model, card)
+    save_tensors(folder / "weights.safetensors", tensors, card)
     for logger in trainer.loggers:
         if hasattr(logger, "log_run_extras"):
             logger.log_run_extras(figures, result, folder)
@@ -175,9 +182,9 @@ def finish(
 def load_best(task: ZooTask, path: Path) -> None:
     """Put the best checkpoint's weights, averaged ones where kept, into the model."""
     checkpoint = load_checkpoint(path)
-    task.load_state_dict(checkpoint["state_dict"])
+    load_whole_state(task, checkpoint["state_dict"])
     if "ema" in checkpoint:
-        task.model.load_state_dict(checkpoint["ema"], strict=False)
+        load_whole_state(task.model, checkpoint["ema"], strict=False)
 
 
 def make_card(
@@ -222,7 +229,8 @@ def quiet() -> None:
     """Silence advice that does not concern the user of a finished configuration."""
     import logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (
         ".*does not have many workers.*",
         ".*torch.jit.script.*",
@@ -231,5 +239,6 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
         ".*smaller than the logging interval.*",
+        ".*sync_dist=True.*",  # metrics are summed over processes before they are logged
     ):
         warnings.filterwarnings("ignore", pattern)

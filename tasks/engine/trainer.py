@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig
 
 from tasks.base import ZooTask
@@ -16,12 +18,17 @@ from tasks.engine.callbacks import AtomicCheckpointIO, build_callbacks
 from tasks.engine.csv_logger import MetricsCsv
 from zoo.errors import ConfigError
 
+SHARDED = "fsdp"
+
 
 def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Callback]) -> L.Trainer:
     options = plain(cfg.trainer)
     for ours in ("matmul_precision", "threads"):
         options.pop(ours)
-    return L.Trainer(
+    sharded = options["strategy"] == SHARDED
+    if sharded:
+        options["strategy"] = _sharded(task, cfg)
+    trainer = L.Trainer(
         **options,
         default_root_dir=folder,
         logger=build_loggers(cfg, folder),
@@ -35,6 +42,33 @@ def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Cal
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
+    if sharded and trainer.world_size == 1:
+        raise ConfigError(
+            "trainer.strategy=fsdp shares parameters among processes, and here is only one: give trainer.devices=2 or more "
+            "(on CPU too: trainer.accelerator=cpu), or use trainer=gpu or trainer=cpu"
+        )
+    return trainer
+
+
+def _sharded(task: ZooTask, cfg: DictConfig) -> Strategy:
+    """FSDP2 as Lightning runs it.
+
+    Raises:
+        ConfigError: The task or this torch cannot do it.
+    """
+    try:
+        from tasks.engine.sharding import Sharded
+    except ImportError as error:
+        raise ConfigError(
+            f"trainer.strategy=fsdp needs torch 2.11 or newer ({error}); this is torch {torch.__version__}. Update it or use "
+            "trainer=ddp"
+        ) from None
+    if not task.automatic_optimization:
+        raise ConfigError(
+            f"task {cfg.task.name!r} differentiates its network more than once a step, which parameters that are shared out "
+            "(trainer=fsdp) do not allow; use trainer=ddp or trainer=gpu"
+        )
+    return Sharded()
 
 
 def _wants_bar(cfg: DictConfig) -> bool:

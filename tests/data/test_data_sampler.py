@@ -63,9 +63,21 @@ def test_processes_share_an_epoch(world_size):
     assert sorted(seen) == list(range(50))  # evaluation: each sample exactly once
 
 
+@pytest.mark.parametrize("length, batch_size", [(9, 4), (9, 3), (5, 1), (4, 1), (2, 8)])
+def test_evaluation_has_as_many_batches_in_every_process(length, batch_size):
+    """With 9 samples in batches of 4, plain slices would give one process two batches and the other one."""
+    ranks = [EpochSampler(length, batch_size, shuffle=False, rank=r, world_size=2) for r in range(2)]
+    found = [batches_of(sampler) for sampler in ranks]
+    assert len(found[0]) == len(found[1]) == len(ranks[0]) == len(ranks[1])
+    assert all(indices for own in found for *_, indices in own), "an empty batch"
+    assert sorted(i for own in found for *_, indices in own for i in indices) == list(range(length))
+
+
 def test_too_few_samples_for_the_processes():
     with pytest.raises(ValueError, match="3 training samples cannot be shared among 4"):
         EpochSampler(3, 2, shuffle=True, world_size=4)
+    with pytest.raises(ValueError, match="3 evaluation samples cannot be shared among 4"):
+        EpochSampler(3, 2, shuffle=False, world_size=4)
 
 
 def test_derived_seeds_differ():
