@@ -14,7 +14,8 @@ from data.errors import DataError
 
 
 class Fields(Protocol):
-    """`d("u", "xx")`: derivative of a field at N points, [N]; see `zoo.layers.derivatives.Derivatives`."""
+    """`d("u", "xx")`: derivative of a field, or one of the problem's operators, at N points, [N]; see
+    `zoo.layers.derivatives.Derivatives`."""
 
     def __call__(self, field: str, by: str = "") -> Tensor: ...
 
@@ -56,7 +57,9 @@ class Problem:
         coordinates: One-letter names; time, where there is one, comes last.
         fields: What the network gives out.
         lower, upper: The box.
-        derivatives: Derivatives that the residuals need.
+        derivatives: Derivatives that the residuals need, and names of operators.
+        operators: Sums of derivatives by name, e.g. {"heat": ((1.0, "t"), (-nu, "xx"))}. Taylor mode carries one in place
+            of its parts where no other derivative needs these.
         periods: Period per coordinate, None where there is none.
         ansatz: Form of `zoo.layers.ansatz` that fulfils all or some conditions.
         hard: Names of conditions that the ansatz fulfils.
@@ -75,6 +78,7 @@ class Problem:
     lower: tuple[float, ...] = ()
     upper: tuple[float, ...] = ()
     derivatives: tuple[str, ...] = ()
+    operators: dict[str, tuple[tuple[float, str], ...]] = {}
     periods: tuple[float | None, ...] | None = None
     ansatz: str = "none"
     ansatz_options: dict[str, Any] = {}
@@ -122,6 +126,25 @@ class Problem:
         return points[:, -1] if self.coordinates[-1] == "t" else None
 
 
+def navier_stokes(
+    d: Fields, linear: Callable[[str], Tensor], convection: float | Tensor = 1.0
+) -> dict[str, Tensor]:
+    """Residuals of the incompressible equations in u, v, p over x, y.
+
+    Args:
+        d: Fields.
+        linear: Of "u" or "v": rate of change and viscous term, e.g. u_t - nu (u_xx + u_yy).
+        convection: Coefficient of the convective term.
+    """
+    u, v = d("u"), d("v")
+    return {
+        "momentum_x": linear("u") + convection * (u * d("u", "x") + v * d("u", "y")) + d("p", "x"),
+        "momentum_y": linear("v") + convection * (u * d("v", "x") + v * d("v", "y")) + d("p", "y"),
+        "continuity": d("u", "x") + d("v", "y"),
+    }
+
+
+LAPLACIAN = ((1.0, "xx"), (1.0, "yy"))
 DIVERGENCE: dict[str, Combination] = {"divergence": ((1.0, "u", "x"), (1.0, "v", "y"))}
 
 

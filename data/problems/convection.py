@@ -21,7 +21,7 @@ class Convection(Problem):
 
     name = "convection"
     lower, upper = (0.0, 0.0), (2 * math.pi, 1.0)
-    derivatives = ("x", "t")
+    derivatives = ("along",)
     periods = (2 * math.pi, None)
     ansatz, hard = "convection", ("initial", "boundary")
     source = "closed form"
@@ -30,8 +30,12 @@ class Convection(Problem):
         positive(beta=beta, n=n)
         self.beta, self.n = beta, n
 
+    @property
+    def operators(self):
+        return {"along": ((1.0, "t"), (self.beta, "x"))}
+
     def residuals(self, d, points, unknowns):
-        return {"convection": d("u", "t") + self.beta * d("u", "x")}
+        return {"convection": d("u", "along")}
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         start = torch.from_numpy(initial_points(self.lower, self.upper, count, generator))

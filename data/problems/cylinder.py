@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.problems.base import DIVERGENCE, Condition, Problem, positive
-from data.problems.taylor_green import navier_stokes
+from data.problems.base import DIVERGENCE, LAPLACIAN, Condition, Problem, navier_stokes, positive
 
 _LAYOUT = "X_star [P, 2], t [T, 1], U_star [P, 2, T], p_star [P, T]"
 
@@ -63,7 +62,8 @@ class Cylinder(Problem):
 
     name = "cylinder"
     coordinates, fields = ("x", "y", "t"), ("u", "v", "p")
-    derivatives = ("x", "y", "t", "xx", "yy")
+    derivatives = ("x", "y", "t", "laplacian")
+    operators = {"laplacian": LAPLACIAN}
     free_constant = ("p",)
     source = "the user's simulation"
     quantities = DIVERGENCE
@@ -90,7 +90,7 @@ class Cylinder(Problem):
         self.unknowns = {"l1": (0.0, 1.0), "l2": (0.0, 1.0 / reynolds)}
 
     def residuals(self, d, points, unknowns):
-        return navier_stokes(d, unknowns["l1"], unknowns["l2"])
+        return navier_stokes(d, lambda w: d(w, "t") - unknowns["l2"] * d(w, "laplacian"), unknowns["l1"])
 
     def _pick(self, i: np.ndarray, m: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         w = self.wake

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.problems.base import (
     DIVERGENCE,
+    LAPLACIAN,
     Condition,
     Problem,
     box_sides,
@@ -29,7 +30,7 @@ from data.problems.base import (
     positive,
     tensor_grid,
 )
-from zoo.layers.derivatives import Derivatives, derivatives, multi_index
+from zoo.layers.derivatives import differentiate
 
 
 class Electrothermal(Problem):
@@ -38,7 +39,8 @@ class Electrothermal(Problem):
     name = "electrothermal"
     coordinates, fields = ("x", "y"), ("u", "v", "p", "T", "phi")
     lower, upper = (0.0, 0.0), (1.0, 1.0)
-    derivatives = ("x", "y", "xx", "yy")
+    derivatives = ("x", "y", "laplacian")
+    operators = {"laplacian": LAPLACIAN}
     free_constant = ("p",)
     source = "manufactured solution"
     quantities = DIVERGENCE
@@ -66,7 +68,7 @@ class Electrothermal(Problem):
 
         def flow(w: str) -> Tensor:
             carried = u * d(w, "x") + v * d(w, "y")
-            return carried - self.prandtl * (d(w, "xx") + d(w, "yy")) + drag * d(w)
+            return carried - self.prandtl * d(w, "laplacian") + drag * d(w)
 
         carried = u * d("T", "x") + v * d("T", "y")
         return {
@@ -76,18 +78,16 @@ class Electrothermal(Problem):
             + d("p", "y")
             - self.electric * d("phi", "y")
             - self.rayleigh * self.prandtl * temperature,
-            "energy": carried - d("T", "xx") - d("T", "yy"),
-            "potential": d("phi", "xx")
-            + d("phi", "yy")
+            "energy": carried - d("T", "laplacian"),
+            "potential": d("phi", "laplacian")
             + self.coupling * (d("T", "x") * d("phi", "x") + d("T", "y") * d("phi", "y")),
         }
 
     def forces(self, points: Tensor) -> dict[str, Tensor]:
         """Right-hand sides at the points, constants of training."""
-        wanted = [multi_index(by, self.coordinates) for by in self.derivatives]
-        table = derivatives(self.exact, points.detach().double(), wanted, "reverse")
+        at = points.detach().double()
         return {
-            k: f.detach() for k, f in self.balance(Derivatives(table, self.fields, self.coordinates)).items()
+            k: f.detach() for k, f in self.balance(differentiate(self, self.exact, at, "reverse")).items()
         }
 
     def residuals(self, d, points, unknowns):

@@ -21,25 +21,10 @@ from data.problems.base import (
     Problem,
     box_sides,
     exact_condition,
+    navier_stokes,
     positive,
     tensor_grid,
 )
-
-
-def steady_navier_stokes(d, reynolds: float) -> dict[str, Tensor]:
-    """Residuals of the steady incompressible equations in u, v, p over x, y."""
-    u, v = d("u"), d("v")
-    return {
-        "momentum_x": u * d("u", "x")
-        + v * d("u", "y")
-        + d("p", "x")
-        - (d("u", "xx") + d("u", "yy")) / reynolds,
-        "momentum_y": u * d("v", "x")
-        + v * d("v", "y")
-        + d("p", "y")
-        - (d("v", "xx") + d("v", "yy")) / reynolds,
-        "continuity": d("u", "x") + d("v", "y"),
-    }
 
 
 class Kovasznay(Problem):
@@ -48,7 +33,7 @@ class Kovasznay(Problem):
     name = "kovasznay"
     coordinates, fields = ("x", "y"), ("u", "v", "p")
     lower, upper = (-0.5, -0.5), (1.0, 1.5)
-    derivatives = ("x", "y", "xx", "yy")
+    derivatives = ("x", "y", "friction")
     ansatz, hard = "kovasznay", ("boundary",)
     free_constant = ("p",)
     source = "closed form"
@@ -59,8 +44,12 @@ class Kovasznay(Problem):
         self.reynolds, self.n = reynolds, n
         self.ansatz_options = {"reynolds": reynolds}
 
+    @property
+    def operators(self):
+        return {"friction": ((-1 / self.reynolds, "xx"), (-1 / self.reynolds, "yy"))}
+
     def residuals(self, d, points, unknowns):
-        return steady_navier_stokes(d, self.reynolds)
+        return navier_stokes(d, lambda w: d(w, "friction"))
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         sides = box_sides(self.lower, self.upper, (0, 1), 2 * count, generator)

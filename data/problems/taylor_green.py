@@ -20,26 +20,10 @@ from data.problems.base import (
     Problem,
     exact_condition,
     initial_points,
+    navier_stokes,
     positive,
     tensor_grid,
 )
-
-
-def navier_stokes(d, convection: float | Tensor, viscosity: float | Tensor) -> dict[str, Tensor]:
-    """Residuals of the unsteady incompressible equations in u, v, p over x, y, t."""
-    u, v = d("u"), d("v")
-    along_u, along_v = u * d("u", "x") + v * d("u", "y"), u * d("v", "x") + v * d("v", "y")
-    return {
-        "momentum_x": d("u", "t")
-        + convection * along_u
-        + d("p", "x")
-        - viscosity * (d("u", "xx") + d("u", "yy")),
-        "momentum_y": d("v", "t")
-        + convection * along_v
-        + d("p", "y")
-        - viscosity * (d("v", "xx") + d("v", "yy")),
-        "continuity": d("u", "x") + d("v", "y"),
-    }
 
 
 class TaylorGreen(Problem):
@@ -47,7 +31,7 @@ class TaylorGreen(Problem):
 
     name = "taylor_green"
     coordinates, fields = ("x", "y", "t"), ("u", "v", "p")
-    derivatives = ("x", "y", "t", "xx", "yy")
+    derivatives = ("x", "y", "heat")
     lower = (0.0, 0.0, 0.0)
     periods = (2 * math.pi, 2 * math.pi, None)
     ansatz, hard = "taylor_green", ("initial",)
@@ -60,8 +44,12 @@ class TaylorGreen(Problem):
         self.nu, self.n, self.nt = nu, n, nt
         self.upper = (2 * math.pi, 2 * math.pi, duration)
 
+    @property
+    def operators(self):
+        return {"heat": ((1.0, "t"), (-self.nu, "xx"), (-self.nu, "yy"))}
+
     def residuals(self, d, points, unknowns):
-        return navier_stokes(d, 1.0, self.nu)
+        return navier_stokes(d, lambda w: d(w, "heat"))
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         start = initial_points(self.lower, self.upper, 2 * count, generator)

@@ -21,7 +21,8 @@ class Wave1d(Problem):
 
     name = "wave1d"
     lower, upper = (0.0, 0.0), (1.0, 1.0)
-    derivatives = ("xx", "tt")
+    derivatives = ("wave",)
+    operators = {"wave": ((1.0, "tt"), (-4.0, "xx"))}
     ansatz, hard = "wave1d", ("initial", "boundary")
     source = "closed form"
 
@@ -30,7 +31,7 @@ class Wave1d(Problem):
         self.n = n
 
     def residuals(self, d, points, unknowns):
-        return {"wave": d("u", "tt") - 4 * d("u", "xx")}
+        return {"wave": d("u", "wave")}
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         start = torch.from_numpy(initial_points(self.lower, self.upper, count, generator))

@@ -13,7 +13,8 @@ from data.sampler import generator
 from tasks.physics.points import CollocationPoints
 from zoo.attention.base import Attention
 from zoo.errors import CapabilityError, unknown
-from zoo.layers.derivatives import Derivatives, choose_method, derivatives, multi_index, points_mix
+from zoo.layers.derivatives import Derivatives, choose_method, derivatives, key_of, points_mix
+from zoo.layers.jets import Key
 
 log = logging.getLogger("zoo.pinn")
 
@@ -46,15 +47,15 @@ class Objective:
                 if f not in (*problem.fields, *problem.report_fields):
                     raise unknown(f"field of condition {c.name!r}", f, problem.fields)
         self.terms = ["residual", *dict.fromkeys(c.name for c in self.conditions)]
-        self.wanted = self._indices((*problem.derivatives, *problem.report_derivatives))
+        self.wanted = self._keys((*problem.derivatives, *problem.report_derivatives))
         check_network(model, self._some_points(4))
         self.method = method
         if method == "auto":
             self.method, reason = choose_method(model, self._some_points(2), self.wanted)
             log.info("derivatives by %s: %s", self.method, reason)
 
-    def _indices(self, names: Sequence[str]) -> list[tuple[int, ...]]:
-        return [multi_index(by, self.problem.coordinates) for by in names]
+    def _keys(self, names: Sequence[str]) -> list[Key]:
+        return [key_of(by, self.problem.coordinates, self.problem.operators) for by in names]
 
     def _some_points(self, count: int) -> Tensor:
         low, high = (torch.tensor(v, dtype=self.dtype) for v in (self.problem.lower, self.problem.upper))
@@ -71,11 +72,12 @@ class Objective:
 
     # ---------------------------------------------------------------- at points
 
-    def fields(self, points: Tensor, wanted: Sequence[tuple[int, ...]] | None = None) -> Derivatives:
+    def fields(self, points: Tensor, wanted: Sequence[Key] | None = None) -> Derivatives:
         """Fields and derivatives at points [N, d]."""
         wanted = self.wanted if wanted is None else wanted
         table = derivatives(self.model, points.to(self.dtype), wanted, self.method)
-        return Derivatives(table, self.problem.fields, self.problem.coordinates)
+        p = self.problem
+        return Derivatives(table, p.fields, p.coordinates, p.operators)
 
     def residuals(self, d: Derivatives, points: Tensor) -> Tensor:
         """All equations' residuals at points [N, d] with fields `d`, [N, R]."""
@@ -91,9 +93,9 @@ class Objective:
         """Network minus prescribed value at a condition's points, [N, F]."""
         points, values = c.points.to(device), c.values.to(device, self.dtype)
         if all(f in self.problem.fields for f in c.fields):
-            d = self.fields(points, self._indices([c.by] if c.by else []))
+            d = self.fields(points, self._keys([c.by] if c.by else []))
             return torch.stack([d(f, c.by) for f in c.fields], 1) - values
-        d = self.fields(points, self._indices(self.problem.report_derivatives))
+        d = self.fields(points, self._keys(self.problem.report_derivatives))
         columns = [self.problem.report_fields.index(f) for f in c.fields]
         return self.problem.report(d)[:, columns] - values
 

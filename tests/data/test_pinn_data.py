@@ -10,16 +10,13 @@ from data.errors import DataError
 from data.pinn import sample_box
 from data.problems import create_problem, list_problems
 from data.problems.solvers import cavity_flow, periodic_flow
-from zoo.layers.derivatives import Derivatives, derivatives, multi_index
+from zoo.layers.derivatives import derivatives, differentiate
 
 CLOSED = ["convection", "reaction", "wave1d", "kovasznay", "taylor_green", "electrothermal"]
 
 
 def exact_residual(problem, points):
-    table = derivatives(
-        problem.exact, points, [multi_index(b, problem.coordinates) for b in problem.derivatives], "reverse"
-    )
-    d = Derivatives(table, problem.fields, problem.coordinates)
+    d = differentiate(problem, problem.exact, points, "reverse")
     return torch.stack(list(problem.residuals(d, points, {}).values())).abs().max()
 
 

@@ -12,10 +12,12 @@ from zoo.layers.ansatz import ANSATZ
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, points_mix, seed_jet
 from zoo.layers.jet_forward import forward_mode
 from zoo.layers.jet_tensor import Jet
-from zoo.layers.jets import algebra
+from zoo.layers.jets import Operator, algebra
 from zoo.models.registry import build_model, model_slots
 
 WANTED = [(1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1)]
+HEAT = Operator((((0, 1), 1.0), ((2, 0), -0.3)))  # Taylor mode carries it alone beside (1, 0)
+OBLIQUE = Operator((((2, 0), 0.7), ((1, 1), -2.0), ((0, 2), 1.5)))
 SMALL = {
     "physicsformer": {"dim": 8, "tokens": 3, "step": 0.1, "hidden": (8,), "head": (8,)},
     "pinnsformer": {"dim": 8, "tokens": 3, "step": 0.1, "hidden": (8, 8), "head": (8, 8)},
@@ -55,6 +57,28 @@ def test_methods_agree_to_third_order_with_weight_gradients(name, method):
     for index in expected:
         scale = expected[index].abs().max().clamp(min=1)
         assert (found[index] - expected[index]).abs().max() < 1e-11 * scale, index
+    g, h = gradients(model, found), gradients(model, expected)
+    assert (g - h).abs().max() < 1e-10 * h.abs().max()
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize(
+    ("wanted", "channels"),
+    [([(1, 0), HEAT], 3), ([(1, 0), (0, 1), OBLIQUE], 4), ([HEAT, (0, 1)], 4), ([HEAT, OBLIQUE], 6)],
+    ids=["heat", "oblique", "part-wanted", "shared-part"],
+)
+def test_operators_are_the_sums_of_their_parts(name, wanted, channels):
+    """In one channel where no other derivative needs the parts, and exact in any case."""
+    model, points = network(name, fields=2), box(4)
+    assert algebra(2, ((0, 0), *wanted)).size == channels
+    expected, found = (derivatives(model, points, wanted, m) for m in ("reverse", "taylor"))
+    parts = derivatives(model, points, [i for i, _ in OBLIQUE.terms], "reverse")
+    torch.testing.assert_close(
+        derivatives(model, points, [OBLIQUE], "jvp")[OBLIQUE],
+        0.7 * parts[(2, 0)] - 2 * parts[(1, 1)] + 1.5 * parts[(0, 2)],
+    )
+    for key in wanted:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-10, atol=1e-10)
     g, h = gradients(model, found), gradients(model, expected)
     assert (g - h).abs().max() < 1e-10 * h.abs().max()
 
@@ -188,8 +212,9 @@ def test_causal_and_masked_softmax_rules():
         lambda x: torch.special.expm1(x),  # has no rule: forward mode on the spot
     ],
 )
-def test_rules_equal_forward_mode(function):
-    ring = algebra(2, ((2, 1), (3, 0)))
+@pytest.mark.parametrize("wanted", [((2, 1), (3, 0)), ((1, 0), (0, 1), OBLIQUE)], ids=["third", "operator"])
+def test_rules_equal_forward_mode(function, wanted):
+    ring = algebra(2, wanted)
     x = Jet(torch.randn(ring.size, 4, 3, dtype=torch.float64), ring)
     found, expected = function(x), forward_mode("function", function, (x,), {})
     torch.testing.assert_close(found.c, expected.c)
@@ -221,7 +246,7 @@ def test_fields_share_a_pass_where_there_are_several(fields, method):
 
 
 def test_algebra_counts_and_names():
-    assert algebra(2, ((2, 0), (0, 1))).indices == [(0, 0), (1, 0), (0, 1), (2, 0)]
+    assert algebra(2, ((2, 0), (0, 1))).keys == [(0, 0), (1, 0), (0, 1), (2, 0)]
     jet = seed_jet(torch.rand(3, 2), [(2, 0)])
     assert jet.c[1, :, 0].eq(1).all() and jet.c[2].eq(0).all()
     d = Derivatives({(0, 0): torch.ones(2, 1)}, ("u",), ("x", "t"))

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from zoo.bench.tasks import Contestants, training_step
 from zoo.layers.derivatives import derivatives
+from zoo.layers.jets import Operator
 from zoo.models import create_model
 
 POINTS, CHUNK = 2000, 500
+HEAT = Operator((((0, 1), 1.0), ((2, 0), -0.01 / math.pi)))
 BOX = {"lower": [-1.0, 0.0], "upper": [1.0, 1.0]}
 
 
@@ -42,8 +44,8 @@ def network(attention: str) -> nn.Module:
 
 def burgers_loss(model: nn.Module, points: Tensor, method: str) -> Tensor:
     """Sum of squared residuals of u_t + u u_x = u_xx / (100 pi) over `POINTS`."""
-    d = derivatives(model, points, [(1, 0), (0, 1), (2, 0)], method)
-    residual = d[(0, 1)] + d[(0, 0)] * d[(1, 0)] - 0.01 / math.pi * d[(2, 0)]
+    d = derivatives(model, points, [(1, 0), HEAT], method)
+    residual = d[HEAT] + d[(0, 0)] * d[(1, 0)]
     return residual.square().sum() / POINTS
 
 

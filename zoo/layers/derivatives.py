@@ -10,7 +10,7 @@ The network must treat points separately: `D u(point 3)` may not depend on point
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,34 +23,42 @@ import zoo.layers.jet_shapes  # noqa: F401  registers the rules
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError, unknown
 from zoo.layers.jet_tensor import Jet
-from zoo.layers.jets import algebra
+from zoo.layers.jets import Index, Key, Operator, algebra
 
 METHODS = ("taylor", "forward_reverse", "jvp", "reverse")
 Network = Callable[[Tensor], Tensor]
-Index = tuple[int, ...]
+Terms = Sequence[tuple[float, str]]  # sum of factor * derivative, e.g. ((1.0, "xx"), (1.0, "yy"))
 
 
 class Derivatives:
     """Values and derivatives of named fields at N points.
 
-    `d("u")` is the field, `d("u", "xx")` its second derivative in x, both [N].
+    `d("u")` is the field, `d("u", "xx")` its second derivative in x, `d("u", "laplacian")` an operator, all [N].
 
     Args:
-        table: For each multi-index the derivative of all fields, [N, F].
+        table: For each multi-index or operator its value for all fields, [N, F].
         fields: Names of the fields.
         coordinates: One-letter names of the coordinates.
+        operators: Operators by name, see `key_of`.
     """
 
-    def __init__(self, table: dict[Index, Tensor], fields: Sequence[str], coordinates: Sequence[str]) -> None:
+    def __init__(
+        self,
+        table: Mapping[Key, Tensor],
+        fields: Sequence[str],
+        coordinates: Sequence[str],
+        operators: Mapping[str, Terms] | None = None,
+    ) -> None:
         self.table, self.fields, self.coordinates = table, tuple(fields), tuple(coordinates)
+        self.operators = operators or {}
 
     def __call__(self, field: str, by: str = "") -> Tensor:
         if field not in self.fields:
             raise unknown("field", field, self.fields)
-        index = multi_index(by, self.coordinates)
-        if index not in self.table:
+        key = key_of(by, self.coordinates, self.operators)
+        if key not in self.table:
             raise ConfigError(f"derivative {by!r} was not asked for; add it to the problem's `derivatives`")
-        return self.table[index][:, self.fields.index(field)]
+        return self.table[key][:, self.fields.index(field)]
 
 
 def multi_index(by: str, coordinates: Sequence[str]) -> Index:
@@ -61,29 +69,59 @@ def multi_index(by: str, coordinates: Sequence[str]) -> Index:
     return tuple(by.count(c) for c in coordinates)
 
 
+def key_of(by: str, coordinates: Sequence[str], operators: Mapping[str, Terms] | None = None) -> Key:
+    """What `derivatives` computes for letters such as "xx", or for the name of an operator.
+
+    Args:
+        by: Letters of coordinates, or a name among `operators`.
+        coordinates: One-letter names.
+        operators: Sums of derivatives by name, e.g. {"heat": ((1.0, "t"), (-0.1, "xx"))}.
+    """
+    if operators and by in operators:
+        return Operator(tuple((multi_index(b, coordinates), factor) for factor, b in operators[by]))
+    return multi_index(by, coordinates)
+
+
+def differentiate(equation: Any, network: Network, points: Tensor, method: str = "taylor") -> Derivatives:
+    """What an equation's residuals need: `equation` has coordinates, fields, derivatives and operators."""
+    names = equation.coordinates, equation.operators
+    table = derivatives(network, points, [key_of(by, *names) for by in equation.derivatives], method)
+    return Derivatives(table, equation.fields, *names)
+
+
 def derivatives(
-    network: Network, points: Tensor, wanted: Sequence[Index], method: str = "taylor"
-) -> dict[Index, Tensor]:
+    network: Network, points: Tensor, wanted: Sequence[Key], method: str = "taylor"
+) -> dict[Key, Tensor]:
     """Derivatives of all outputs at all points.
 
     Args:
         network: Points [N, d] -> fields [N, F]; points do not mix.
         points: [N, d].
-        wanted: Multi-indices, e.g. (2, 0) for the second derivative in the first of two coordinates.
+        wanted: Multi-indices, e.g. (2, 0) for the second derivative in the first of two coordinates, and operators.
         method: One of `METHODS`.
 
     Returns:
-        For each wanted multi-index, and for the value, a tensor [N, F] that carries gradients of the weights.
+        For each of `wanted`, and for the value, a tensor [N, F] that carries gradients of the weights.
     """
     if method not in METHODS:
         raise unknown("derivative method", method, METHODS)
-    wanted = tuple(dict.fromkeys(((0,) * points.shape[1], *map(tuple, wanted))))
-    if max(sum(index) for index in wanted) == 0:
+    wanted = tuple(dict.fromkeys(((0,) * points.shape[1], *wanted)))
+    plain = tuple(dict.fromkeys(i for key in wanted for i in _indices(key)))
+    if max(map(sum, plain)) == 0:
         return {wanted[0]: network(points)}
     if method == "taylor":
         return _taylor(network, points, wanted)
     with _WrittenOut():
-        return _METHODS[method](network, points, wanted)
+        table = _METHODS[method](network, points, plain)
+    return {key: table[key] if key in table else _combined(table, key) for key in wanted}
+
+
+def _indices(key: Key) -> list[Index]:
+    return [index for index, _ in key.terms] if isinstance(key, Operator) else [key]
+
+
+def _combined(table: dict[Index, Tensor], operator: Operator) -> Tensor:
+    return sum(table[index] * factor for index, factor in operator.terms)
 
 
 class _WrittenOut(TorchFunctionMode):
@@ -127,7 +165,7 @@ def points_mix(network: torch.nn.Module, points: Tensor) -> bool:
     return not torch.allclose(first, second, rtol=1e-10, atol=1e-10)
 
 
-def choose_method(network: torch.nn.Module, points: Tensor, wanted: Sequence[Index]) -> tuple[str, str]:
+def choose_method(network: torch.nn.Module, points: Tensor, wanted: Sequence[Key]) -> tuple[str, str]:
     """The fastest method that serves this network, and why.
 
     Measured on CPU: jets win as soon as there is attention (about 2.5 times, and far less memory) or several fields, each of
@@ -148,25 +186,25 @@ def choose_method(network: torch.nn.Module, points: Tensor, wanted: Sequence[Ind
     return "taylor", "attention in the network" if attentive else f"{fields} fields share one pass"
 
 
-def seed_jet(points: Tensor, wanted: Sequence[Index]) -> Jet:
+def seed_jet(points: Tensor, wanted: Sequence[Key]) -> Jet:
     """The coordinates themselves as jets: value and a unit slope each."""
-    ring = algebra(points.shape[1], tuple(sorted(wanted)))
-    c = points.new_zeros(ring.size, *points.shape)
+    ring = algebra(points.shape[1], tuple(wanted))
+    full = ring.polynomials
+    c = points.new_zeros(full.size, *points.shape)
     c[0] = points
     for axis in range(points.shape[1]):
-        number = ring.number.get(tuple(int(axis == a) for a in range(points.shape[1])))
+        number = full.number.get(tuple(int(axis == a) for a in range(points.shape[1])))
         if number is not None:
             c[number, :, axis] = 1.0
-    return Jet(c, ring)
+    return Jet(ring.project(c), ring)
 
 
-def _taylor(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:
+def _taylor(network: Network, points: Tensor, wanted: Sequence[Key]) -> dict[Key, Tensor]:
     jet = seed_jet(points, wanted)
     out = network(jet)
     if not isinstance(out, Jet):
         raise ConfigError("the network's output does not depend on its coordinates")
-    ring = jet.ring
-    return {i: out.c[ring.number[i]] * ring.factorial(ring.number[i]) for i in wanted}
+    return {key: jet.ring.derivative(out.c, key) for key in wanted}
 
 
 def _reverse(network: Network, points: Tensor, wanted: Sequence[Index]) -> dict[Index, Tensor]:

@@ -80,8 +80,8 @@ def matmul(a: Any, b: Any) -> Jet:
         x, y = _wide(a.c, dims).unbind(0), _wide(b.c, dims).unbind(0)
         out = [x[0] @ y[0]]
         for n in range(1, ring.size):
-            left = torch.cat([x[0], x[n], *(x[i] for i, _ in ring.pairs[n])], -1)
-            right = torch.cat([y[n], y[0], *(y[j] for _, j in ring.pairs[n])], -2)
+            left = torch.cat([x[0], x[n], *(x[i] if w == 1 else x[i] * w for i, _, w in ring.pairs[n])], -1)
+            right = torch.cat([y[n], y[0], *(y[j] for _, j, _ in ring.pairs[n])], -2)
             out.append(left @ right)
         return Jet(torch.stack(out), ring)
     jet, other = (a, b) if isinstance(a, Jet) else (b, a)

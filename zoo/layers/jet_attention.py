@@ -7,6 +7,7 @@ instead of one product per pair. Letters: P channels, B batch, H heads, N querie
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def softmax_stack(ring: Algebra, s: Tensor) -> Tensor:
     for n in range(1, ring.size):
         # p (1 + z) = q, solved from low orders up; p[n] = q[n] - sum p[i] z[j].
         p[n].addcmul_(p0, z[n], value=-1.0)
-        for i, j in ring.pairs[n]:
-            p[n].addcmul_(p[i], z[j], value=-1.0)
+        for i, j, factor in ring.pairs[n]:
+            p[n].addcmul_(p[i], z[j], value=-factor)
     return p
 
 
@@ -114,8 +115,8 @@ def fold(ring: Algebra, full: Tensor, q: Tensor, k: Tensor) -> Tensor:
     out[0] = full[:, :, 0, :, 0]
     for a in range(1, size):
         torch.add(full[:, :, 0, :, a], full[:, :, a, :, 0], out=out[a])
-        for i, j in ring.pairs[a]:
-            out[a] += full[:, :, i, :, j]
+        for i, j, factor in ring.pairs[a]:
+            out[a].add_(full[:, :, i, :, j], alpha=factor)
     return out
 
 
@@ -127,12 +128,11 @@ def toeplitz(ring: Algebra, p: Tensor, outer: bool = False) -> Tensor:
     """
     size, (b, h, n, m) = ring.size, p.shape[1:]
     out = p.new_zeros(b, h, size, n, size, m)
-    for a in range(size):
-        for i, j in [(0, a), (a, 0), *ring.pairs[a]] if a else [(0, 0)]:
-            if outer:
-                out[:, :, i, :, j] = p[a]
-            else:
-                out[:, :, a, :, j] = p[i]
+    for a, i, j, factor in triples(ring):
+        if outer:
+            out[:, :, i, :, j].add_(p[a], alpha=factor)
+        else:
+            out[:, :, a, :, j].add_(p[i], alpha=factor)
     return out.view(b * h, size * n, size * m)
 
 
@@ -141,7 +141,13 @@ def fold_transposed(ring: Algebra, full: Tensor, p: Tensor) -> Tensor:
     size, (b, h, n, m) = ring.size, p.shape[1:]
     full = full.view(b, h, size, n, size, m)
     out = full.new_zeros(p.shape)
-    for a in range(size):
-        for i, j in [(0, a), (a, 0), *ring.pairs[a]] if a else [(0, 0)]:
-            out[i] += full[:, :, a, :, j]
+    for a, i, j, factor in triples(ring):
+        out[i].add_(full[:, :, a, :, j], alpha=factor)
     return out
+
+
+def triples(ring: Algebra) -> Iterator[tuple[int, int, int, float]]:
+    """All (a, i, j, factor) with a product of channels i and j in channel a."""
+    yield 0, 0, 0, 1.0
+    for a in range(1, ring.size):
+        yield from ((a, i, j, factor) for i, j, factor in [(0, a, 1.0), (a, 0, 1.0), *ring.pairs[a]])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.layers.jet_tensor import Jet, ring_of
+from zoo.layers.jets import factorial
 
 log = logging.getLogger("zoo.derivatives")
 
@@ -23,15 +24,16 @@ def warn_once(message: str) -> None:
 def forward_mode(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
     """Derivatives of one function by nested jvp along the curve that its arguments' jets describe."""
     ring = ring_of(args, tuple(kwargs.values()))
+    full = ring.polynomials
     warn_once(f"no Taylor rule for {name!r}: nested forward mode is used for it")
     leaves, spec = torch.utils._pytree.tree_flatten((args, kwargs))
-    jets = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Jet)]
+    jets = {n: ring.represent(leaf.c) for n, leaf in enumerate(leaves) if isinstance(leaf, Jet)}
 
     def curve(variables: tuple[Tensor, ...]) -> Any:
         now = list(leaves)
-        for n in jets:
-            c, total = leaves[n].c, leaves[n].c[0]
-            for number, index in enumerate(ring.indices[1:], 1):
+        for n, c in jets.items():
+            total = c[0]
+            for number, index in enumerate(full.keys[1:], 1):
                 factor = 1.0
                 for variable, order in zip(variables, index, strict=True):
                     for _ in range(order):
@@ -41,7 +43,8 @@ def forward_mode(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
         a, k = torch.utils._pytree.tree_unflatten(now, spec)
         return func(*a, **k)
 
-    zero = tuple(leaves[jets[0]].c.new_zeros(()) for _ in range(ring.dims))
+    like = next(iter(jets.values()))
+    zero = tuple(like.new_zeros(()) for _ in range(ring.dims))
     shape: list[Any] = []
 
     def flat(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -56,13 +59,14 @@ def forward_mode(name: str, func: Any, args: tuple, kwargs: dict) -> Any:
                 function = _directional(function, axis)
         return function
 
-    columns = [derivative(index)(zero) for index in ring.indices]
+    columns = [derivative(index)(zero) for index in full.keys]
     outs = []
     for leaf in zip(*columns, strict=True):
         if not leaf[0].is_floating_point():
             outs.append(leaf[0])
             continue
-        outs.append(Jet(torch.stack([x / ring.factorial(n) for n, x in enumerate(leaf)]), ring))
+        c = torch.stack([x / factorial(index) for x, index in zip(leaf, full.keys, strict=True)])
+        outs.append(Jet(ring.project(c), ring))
     return torch.utils._pytree.tree_unflatten(outs, shape[0])
 
 

@@ -236,7 +236,7 @@ def einsum(equation: str, *operands: Any) -> Jet:
         return Jet(torch.stack([at(n, 0) for n in range(ring.size)]), ring)
     out = [at(0, 0)]
     for n in range(1, ring.size):
-        out.append(sum((at(i, j) for i, j in ring.pairs[n]), at(0, n) + at(n, 0)))
+        out.append(sum((at(i, j) * w for i, j, w in ring.pairs[n]), at(0, n) + at(n, 0)))
     return Jet(torch.stack(out), ring)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,40 +24,104 @@ from torch.autograd.function import once_differentiable
 Index = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Operator:
+    """A sum of derivatives with constant factors, such as u_t - nu u_xx.
+
+    Attributes:
+        terms: Multi-indices and their factors.
+    """
+
+    terms: tuple[tuple[Index, float], ...]
+
+
+Key = Index | Operator
+
+
+def below(index: Index) -> set[Index]:
+    """All multi-indices that divide this one, itself among them."""
+    found: set[Index] = {()}
+    for order in index:
+        found = {(*b, k) for b in found for k in range(order + 1)}
+    return found
+
+
 class Algebra:
     """Polynomials in `dims` variables, truncated to the multi-indices below the wanted ones.
 
+    An operator gets one channel in place of one for each of its terms where no product needs these: the differences
+    dropped are an ideal, so the quotient is an algebra as well, with factors on its products. Burgers' equation then has
+    three channels (u, u_x, u_t - nu u_xx) instead of four, Navier-Stokes in the plane four instead of six.
+
     Args:
         dims: Number of coordinates.
-        wanted: Multi-indices that must be there; lower ones are added.
+        wanted: Multi-indices and operators that must be there; lower ones are added.
 
     Attributes:
-        indices: All multi-indices, the value first.
-        pairs: For each index number a, the pairs (b, c) of numbers with b + c = a, c = 0 excluded, b = 0 excluded.
+        keys: Multi-index or operator of each channel, the value first.
+        number: Channel of each key.
+        pairs: For each channel a, the (b, c, factor) whose products add to it, b = 0 and c = 0 excluded.
+        polynomials: The algebra in which no operator is merged; itself where none is.
     """
 
-    def __init__(self, dims: int, wanted: Iterable[Index]) -> None:
-        closed = {(0,) * dims}
-        for index in wanted:
-            below: set[Index] = {()}
-            for order in index:
-                below = {(*b, k) for b in below for k in range(order + 1)}
-            closed |= below
-        self.dims = dims
-        self.indices = sorted(closed, key=lambda i: (sum(i), tuple(-o for o in i)))
-        self.number = {index: n for n, index in enumerate(self.indices)}
-        self.degree = max(sum(i) for i in self.indices)
-        self.size = len(self.indices)
-        self.pairs: list[list[tuple[int, int]]] = [[] for _ in self.indices]
-        for b, left in enumerate(self.indices):
-            for c, right in enumerate(self.indices):
-                total = tuple(x + y for x, y in zip(left, right, strict=True))
-                if b and c and total in self.number:
-                    self.pairs[self.number[total]].append((b, c))
+    def __init__(self, dims: int, wanted: Iterable[Key]) -> None:
+        wanted = list(wanted)
+        operators = [key for key in wanted if isinstance(key, Operator)]
+        plain = {key for key in wanted if not isinstance(key, Operator)}
+        terms = [index for op in operators for index, _ in op.terms]
+        closed = set().union({(0,) * dims}, *(below(index) for index in (*plain, *terms)))
+        lower = set().union(*(below(index) - {index} for index in closed))
+        merged = [
+            op
+            for op in operators
+            if all(a not in lower and a not in plain and terms.count(a) == 1 for a, _ in op.terms)
+        ]
+        gone = {index for op in merged for index, _ in op.terms}
+        indices = sorted(closed, key=lambda i: (sum(i), tuple(-o for o in i)))
+        self.dims, self.degree = dims, max(sum(i) for i in indices)
+        self.keys: list[Key] = [*(i for i in indices if i not in gone), *merged]
+        self.number = {key: n for n, key in enumerate(self.keys)}
+        self.size = len(self.keys)
+        self.polynomials = Algebra(dims, indices) if merged else self
+        self.pairs = [self._pairs(key) for key in self.keys]
 
-    def factorial(self, n: int) -> int:
-        """a! of index number n: derivative over coefficient."""
-        return math.prod(math.factorial(o) for o in self.indices[n])
+    def _pairs(self, key: Key) -> list[tuple[int, int, float]]:
+        if isinstance(key, Operator):
+            factors: dict[tuple[int, int], float] = {}
+            for index, factor in key.terms:
+                for b, c, _ in self._pairs(index):
+                    factors[b, c] = factors.get((b, c), 0.0) + factor * factorial(index)
+            return [(b, c, factor) for (b, c), factor in factors.items()]
+        halves = [(b, tuple(o - p for o, p in zip(key, b, strict=True))) for b in sorted(below(key))]
+        return [(self.number[b], self.number[c], 1.0) for b, c in halves if any(b) and any(c)]
+
+    def derivative(self, c: Tensor, key: Key) -> Tensor:
+        """A derivative or an operator's value from coefficients [P, ...]."""
+        if key in self.number:
+            found = c[self.number[key]]
+            scale = 1 if isinstance(key, Operator) else factorial(key)
+            return found if scale == 1 else found * scale
+        return sum(self.derivative(c, index) * factor for index, factor in key.terms)
+
+    def project(self, c: Tensor) -> Tensor:
+        """Coefficients of `polynomials` to coefficients here."""
+        if self.polynomials is self:
+            return c
+        full = self.polynomials
+        rows = [
+            full.derivative(c, key) if isinstance(key, Operator) else c[full.number[key]] for key in self.keys
+        ]
+        return torch.stack(rows)
+
+    def represent(self, c: Tensor) -> Tensor:
+        """Some coefficients of `polynomials` that project to these."""
+        if self.polynomials is self:
+            return c
+        out = c.new_zeros(self.polynomials.size, *c.shape[1:])
+        for key, row in zip(self.keys, c, strict=True):
+            index, factor = key.terms[0] if isinstance(key, Operator) else (key, 1.0 / factorial(key))
+            out[self.polynomials.number[index]] = row / (factor * factorial(index))
+        return out
 
     # ------------------------------------------------------------ on stacks of channels, no autograd
 
@@ -65,8 +130,8 @@ class Algebra:
         out = a[0] * b
         for n in range(1, self.size):
             out[n].addcmul_(a[n], b[0])
-            for i, j in self.pairs[n]:
-                out[n].addcmul_(a[i], b[j])
+            for i, j, factor in self.pairs[n]:
+                out[n].addcmul_(a[i], b[j], value=factor)
         return out
 
     def transposed(self, g: Tensor, b: Tensor) -> Tensor:
@@ -74,8 +139,8 @@ class Algebra:
         out = g * b[0]
         for n in range(1, self.size):
             out[0].addcmul_(g[n], b[n])
-            for i, j in self.pairs[n]:
-                out[i].addcmul_(g[n], b[j])
+            for i, j, factor in self.pairs[n]:
+                out[i].addcmul_(g[n], b[j], value=factor)
         return out
 
     def powers(self, x: Tensor) -> list[tuple[int, list[tuple[int, Tensor]]]]:
@@ -84,11 +149,11 @@ class Algebra:
         for k in range(2, self.degree + 1):
             power: dict[int, Tensor] = {}
             for n in range(1, self.size):
-                for i, j in self.pairs[n]:
+                for i, j, factor in self.pairs[n]:
                     if i in last:
                         if k == 2 and i > j:
                             continue
-                        factor = 2.0 if k == 2 and i < j else 1.0
+                        factor *= 2.0 if k == 2 and i < j else 1.0
                         if n in power:
                             power[n].addcmul_(last[i], x[j], value=factor)
                         else:
@@ -109,8 +174,13 @@ class Algebra:
         return out
 
 
+def factorial(index: Index) -> int:
+    """a! of a multi-index a: derivative over coefficient."""
+    return math.prod(map(math.factorial, index))
+
+
 @lru_cache(maxsize=64)
-def algebra(dims: int, wanted: tuple[Index, ...]) -> Algebra:
+def algebra(dims: int, wanted: tuple[Key, ...]) -> Algebra:
     """The algebra for `wanted`, made once."""
     return Algebra(dims, wanted)
 
