@@ -106,6 +106,13 @@ def test_steps_equal_the_parallel_form(norm):
         )
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_block_keeps_the_first_tokens(norm):
+    torch.manual_seed(0)
+    block, x = TransformerBlock(SELF, 16, 4, norm=norm), torch.randn(3, 6, 16)
+    torch.testing.assert_close(block(x, keep=2), block(x)[:, :2])
+
+
 def test_block_errors():
     with pytest.raises(ConfigError, match="num_heads=3 must divide dim=16"):
         TransformerBlock(SELF, 16, 3)

@@ -6,6 +6,7 @@ import torch
 from zoo.attention import list_attention
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError, ZooError
+from zoo.models._ctr import LONG
 from zoo.models.registry import build_model, model_slots
 
 MODELS = ("dare", "din", "sim", "eta", "twin", "sdim")
@@ -74,6 +75,32 @@ def test_search_keeps_the_largest_attention_scores(name: str) -> None:
             model.represent(items, categories, ages),
         )
         torch.testing.assert_close(attn[:, 0, 0], scores.softmax(1))
+
+
+def test_long_histories_are_scored_like_short_ones() -> None:
+    model = make("dare", max_length=2 * LONG // 4)
+    item, category, items, categories = inputs = batch(rows=2, length=model.max_length)
+    with torch.no_grad():
+        one_by_one = model.search_scores(*inputs)
+        ages = torch.arange(model.max_length, 0, -1)[None]
+        keys = model.compare(items, categories, ages)
+        expected = model.target.scores(model.compare(item, category, torch.zeros_like(item)), keys)
+    torch.testing.assert_close(one_by_one, expected)
+    torch.testing.assert_close(model.search_scores(*inputs).detach(), one_by_one)
+
+
+def test_narrow_keys_start_with_the_same_softmax() -> None:
+    wide, narrow = (make("dare", width=8, attention_width=w).target for w in (8, 4))
+    aligned = [
+        torch.full((1, 3 * w), 0.3) for w in (8, 4)
+    ]  # as trained: every number as large, whatever the width
+    scores = [t.scores(q, q[:, None]) for t, q in zip((wide, narrow), aligned, strict=True)]
+    torch.testing.assert_close(*scores)
+    mixed = [torch.eye(3 * w)[:1] * 6 for w in (8, 4)]
+    for target, q in zip((wide, narrow), mixed, strict=True):  # scores are those that the mechanism weighs by
+        keys, values = torch.cat((q, 0 * q))[None], torch.tensor([[1.0], [0.0]]).expand(1, 2, 24)
+        weight = target(q, keys, values, torch.ones(1, 2, dtype=torch.bool))[0, 0]
+        assert float(weight) == pytest.approx(float(target.scores(q, keys)[0].softmax(0)[0]))
 
 
 def test_search_with_fewer_real_behaviours_than_k_stays_masked() -> None:

@@ -10,11 +10,11 @@ from zoo.bench.tasks import Contestants
 from zoo.models import create_model
 
 MODE = "search"
-BATCH, LENGTH, ITEMS, CATEGORIES, WIDTH = 64, 2000, 100_000, 1000, 16
+BATCH, LENGTH, ITEMS, CATEGORIES, WIDTH = 64, 10_000, 100_000, 1000, 16
 
 
 def contestants(attention: str) -> Contestants:
-    """64 candidates, 2,000 behaviours each, 100,000 items; half the width first, so that the ratio is its gain."""
+    """64 candidates, 10,000 behaviours each, 100,000 items; half the width first, so that the ratio is its gain."""
     draw = torch.Generator().manual_seed(0)
     items = torch.randint(1, ITEMS + 1, (BATCH, LENGTH), generator=draw)
     item = torch.randint(1, ITEMS + 1, (BATCH,), generator=draw)

@@ -102,8 +102,12 @@ class TransformerBlock(nn.Module):
         bias: Bias = None,
         grid: Grid | None = None,
         positions: Tensor | None = None,
+        keep: int | None = None,
     ) -> Tensor:
-        """[B, N, C] -> [B, N, C]; the keyword arguments are those of `Attention.forward`."""
+        """[B, N, C] -> [B, N, C], or [B, keep, C]: only the first tokens, the others are not computed to the end.
+
+        The other keyword arguments are those of `Attention.forward`.
+        """
         call = {
             "key_mask": key_mask,
             "bias": bias,
@@ -112,8 +116,10 @@ class TransformerBlock(nn.Module):
         }
         if self.pre:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **call)))
+            x = x if keep is None else x[:, :keep]
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        x = self.norm1(x + self.drop_path1(self.ls1(self.attn(x, **call))))
+        x = x + self.drop_path1(self.ls1(self.attn(x, **call)))
+        x = self.norm1(x if keep is None else x[:, :keep])
         return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
 
     def init_state(self, batch_size: int) -> State:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Pattern
@@ -18,6 +19,7 @@ from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
 
 AGES = 512  # ages up to here have a row of their own; older ones share rows by their logarithm
+LONG = 2**15  # elements of a history from which on it is worth a call of its own
 
 
 class EventTables(nn.Module):
@@ -52,9 +54,18 @@ class EventTables(nn.Module):
         Categories and ages are few: their products are taken once per row of the table and then looked up.
         """
         by_item, by_category, by_age = query.split(self.width, 1)
-        out = torch.bmm(self.item(items), by_item[:, :, None])[..., 0]
+        out = _row_products(self.item.weight, items, by_item)
         out += (by_category @ self.category.weight.T).gather(1, categories)
-        return out.add_(by_age @ self.age(_age_row(ages[0])).T)
+        return out.add_((by_age @ self.age.weight.T).index_select(1, _age_row(ages[0])))
+
+
+def _row_products(table: Tensor, index: Tensor, query: Tensor) -> Tensor:
+    """`table[index[b, m]] . query[b]`, [I, W], [B, M] and [B, W] -> [B, M]."""
+    on_cpu = table.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if on_cpu and index.shape[1] * table.shape[1] >= LONG:
+        # One candidate at a time: the rows picked are multiplied while they are still in the core's cache.
+        return torch.stack([F.embedding(i, table) @ q for i, q in zip(index, query, strict=True)])
+    return torch.bmm(F.embedding(index, table), query[:, :, None])[..., 0]
 
 
 def _age_row(ages: Tensor) -> Tensor:
@@ -113,10 +124,12 @@ class TargetAttention(nn.Module):
                 setattr(self.attn, name, nn.Identity())
             self.lift = nn.Identity()
         # An event is three equal parts: meaning (item and category) and age. DARE scales their scores apart; the
-        # mechanism divides by the root of the whole width, so the query makes up for the difference.
+        # mechanism divides by the root of the whole width, so the query makes up for the difference. Trained tables
+        # are aligned: their products grow with the width, not with its root, and a narrow table would start at a
+        # flatter softmax. The last factor undoes that; it is 1 where keys are as wide as values.
         scale = torch.full((key_width,), math.sqrt(1.5))
         scale[2 * key_width // 3 :] = math.sqrt(3.0)
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("scale", scale * math.sqrt(value_width / key_width), persistent=False)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """[B, W], [B, M, W], [B, M, V], bool [B, M] -> [B, V]."""
@@ -236,8 +249,7 @@ class ClickModel(nn.Module):
             return None
         with torch.no_grad():
             scores = self.search_scores(item, category, items, categories)
-            scores = scores.masked_fill(items == 0, float("-inf"))
-            return self.select(scores, keep)
+            return self.select(scores.masked_fill_(items == 0, float("-inf")), keep)
 
     @staticmethod
     def select(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -72,17 +72,7 @@ class Dare(ClickModel):
         if self.auxiliary is None or not self.training:
             return super().forward(item, category, items, categories)
         self._check(items)
-        # Stage 1 embeds every behaviour twice anyway: stage 2 picks its rows from there.
-        zero, ages = self._ages(items)
-        mask = items > 0
-        r, values = self.represent(item, category, zero), self.represent(items, categories, ages)
-        query, keys = self.compare(item, category, zero), self.compare(items, categories, ages)
-        o = self.target(query, keys, values, mask)
+        _, ages = self._ages(items)
+        r, o = self.aggregate(item, category, items, categories, ages, items > 0)
         auxiliary = self.auxiliary(torch.cat((r, o, r * o), -1))[:, 0]
-        if 0 < self.top_k < items.shape[1]:
-            with torch.no_grad():
-                scores = self.target.scores(query, keys).masked_fill(~mask, float("-inf"))
-                place, mask = self.select(scores, self.top_k)
-            keys, values = (t.gather(1, place[..., None].expand(-1, -1, t.shape[-1])) for t in (keys, values))
-            o = self.target(query, keys, values, mask)
-        return {"logit": self.head(r, o), "auxiliary": auxiliary}
+        return {**super().forward(item, category, items, categories), "auxiliary": auxiliary}

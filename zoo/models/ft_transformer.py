@@ -137,7 +137,7 @@ class FTTransformer(nn.Module):
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
         if self.members > 1:
             x = (x[:, None] * self.scales).flatten(0, 1)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, keep=1 if i == len(self.blocks) - 1 else None)  # only the class token is read
         x = self.norm(x[:, 0]).relu()
         return self.head(x.unflatten(0, (-1, self.members)) if self.members > 1 else x)
