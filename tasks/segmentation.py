@@ -95,6 +95,8 @@ class Segmentation(ZooTask):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        if getattr(self.model, "masked_queries", False):
+            self.model.anneal(self.progress())
         if self.mask_loss == "matched":
             logits, masks = self.model.query_predictions(batch["image"])
             return mask_set_losses(logits, masks, batch["mask"], MaskWeights(), points=self.mask_points)

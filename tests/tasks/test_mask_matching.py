@@ -13,8 +13,8 @@ from scene_standins import small_scenes
 from tasks import _mask_matching as matching
 from tasks.segmentation import Segmentation
 from zoo.attention.slots import resolve_slots
-from zoo.errors import ConfigError
-from zoo.models import get_model
+from zoo.errors import CapabilityError, ConfigError
+from zoo.models import create_model, get_model
 
 WEIGHTS = matching.MaskWeights()
 
@@ -122,3 +122,47 @@ def test_matched_masks_need_queries():
     model = cls(resolve_slots(cls.slots(**options), {"name": "softmax"}, task="segmentation"), **options)
     with pytest.raises(ConfigError, match=r"model\.head=eomt"):
         Segmentation(model, small_scenes(), mask_loss="matched")
+
+
+def masked_segmenter() -> torch.nn.Module:
+    options = dict(
+        head="eomt", dim=32, stem_width=8, depth=2, head_depth=2, head_queries=6, masked_queries=True
+    )
+    cls = get_model("segmenter")
+    return cls(resolve_slots(cls.slots(**options), {"name": "softmax"}, task="segmentation"), **options)
+
+
+def test_masked_queries_see_their_own_mask_only():
+    model, images = masked_segmenter(), torch.randn(2, 3, 64, 64)
+    maps = torch.full((2, 6, 16, 16), -1.0)
+    maps[:, 0, :2, :2] = 1.0  # query 0 owns the first patch of 8 x 8
+    bias = model.head.attention_bias(maps, (8, 8), 1.0)
+    assert bias.shape == (2, 1, 70, 70) and (bias[:, 0, 6:] == 0).all() and (bias[:, 0, :, :6] == 0).all()
+    assert (bias[:, 0, 0, 6:] == 0).sum(1).eq(1).all() and (bias[:, 0, 1:6, 6:] == -torch.inf).all()
+    assert (model.head.attention_bias(maps, (8, 8), 0.0) == 0).all()
+
+    model.anneal(0.0)
+    masked = model.query_predictions(images)[0]
+    model.anneal(1.0)
+    free = model.query_predictions(images)[0]
+    assert torch.equal(masked[0], free[0]) and not torch.allclose(masked[1], free[1])
+    model.eval()
+    free = model.query_predictions(images)[0]
+    model.anneal(0.0)
+    assert torch.equal(model.query_predictions(images)[0], free)
+
+
+def test_shares_of_masked_queries_fall_block_by_block():
+    shares = masked_segmenter().head.mask_shares
+    assert shares(0.0, 3) == [1, 1, 1] and shares(1.0, 3) == [0, 0, 0]
+    assert shares(0.3, 3) == pytest.approx([0.5**0.9, 1, 1]) and shares(0.75, 3) == pytest.approx([0, 0, 1])
+
+
+def test_masked_queries_need_a_variant_with_bias():
+    cls = get_model("segmenter")
+    with pytest.raises(CapabilityError, match="bias"):
+        resolve_slots(
+            cls.slots(head="eomt", masked_queries=True), {"name": "mala"}, task="segmentation", strict=True
+        )
+    with pytest.raises(ConfigError, match="head eomt"):
+        create_model("segmenter", attention="softmax", head="linear", masked_queries=True)

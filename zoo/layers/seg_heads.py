@@ -160,9 +160,9 @@ class EncoderOnlyHead(nn.Module):
     """Queries that the backbone's last blocks process beside the patches; each gives a class and a mask.
 
     Paper: "Your ViT is secretly an image segmentation model" (EoMT), arXiv:2503.19108; official code: tue-mps/eomt,
-    MIT. Differs from it in: no masked attention in training, which EoMT anneals away before inference; so any
-    attention variant fits. Training goes through matched masks or through the semantic read-out (the mixture of all
-    queries' masks), as the task says.
+    MIT. Masked attention in training (`attention_bias`) is annealed away block by block (`mask_shares`), so inference
+    needs no mask. Differs from it in: the masks are a choice, as most attention variants take none; training goes through
+    matched masks or through the semantic read-out (the mixture of all queries' masks), as the task says.
 
     Args:
         dim: Width of the tokens.
@@ -201,6 +201,33 @@ class EncoderOnlyHead(nn.Module):
         maps = self.up(map_of(tokens[:, count:], grid))
         queries = self.embed(tokens[:, :count]) * maps.shape[1] ** -0.5
         return self.classify(tokens[:, :count]), torch.einsum("bqc,bchw->bqhw", queries, maps)
+
+    @staticmethod
+    def attention_bias(masks: Tensor, grid: tuple[int, int], share: float) -> Tensor:
+        """Scores' bias that lets queries see only the patches of their own mask, [B, 1, Q + P, Q + P].
+
+        Args:
+            masks: Mask scores before the block, [B, Q, h, w].
+            grid: Rows and columns of the P patches.
+            share: Probability that a query is held to its mask; the others see everything, as patches always do.
+        """
+        batch, count = masks.shape[:2]
+        hidden = resize(masks.detach(), grid).flatten(2) <= 0
+        hidden &= torch.rand(batch, count, 1, device=masks.device) < share
+        tokens = count + hidden.shape[-1]
+        bias = masks.new_zeros(batch, 1, tokens, tokens)
+        bias[:, 0, :count, count:].masked_fill_(hidden, -torch.inf)
+        return bias
+
+    @staticmethod
+    def mask_shares(progress: float, blocks: int) -> list[float]:
+        """Share of masked queries in each of the blocks: 1, then falling as (1 - t)^0.9 through the block's window, then 0.
+
+        Windows take a fifth of the training each and begin between 0.2 and 0.8 of it, earlier blocks first; with three blocks
+        these are the official Cityscapes numbers.
+        """
+        fifths = [1 + 3 * i / max(1, blocks - 1) for i in range(blocks)]
+        return [(1 - min(1.0, max(0.0, 5 * progress - begin))) ** 0.9 for begin in fifths]
 
     def forward(self, features: list[Tensor], grid: tuple[int, int], stem: list[Tensor]) -> Tensor:
         classes, masks = self.predict(features[-1], grid)

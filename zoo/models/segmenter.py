@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
         head_width: Channels of the pyramid head.
         head_depth: Blocks of the mask transformer; last blocks that see EoMT's queries.
         head_queries: EoMT's queries.
+        masked_queries: EoMT's masked attention in training; needs a variant that takes a bias.
         position_std: Standard deviation of the position table at the start.
         drop_path: Rate of the last block; rises linearly from 0.
         dropout: Dropout after projections and inside MLPs.
@@ -75,6 +76,7 @@ class Segmenter(nn.Module):
         head_width: int = 32,
         head_depth: int = 2,
         head_queries: int = 24,
+        masked_queries: bool = False,
         position_std: float = 0.5,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -101,6 +103,9 @@ class Segmenter(nn.Module):
         self.prefix = head_queries if head == "eomt" else 0
         if head == "eomt" and not 1 <= head_depth <= depth:
             raise ConfigError(f"head_depth={head_depth} must lie between 1 and depth={depth} for head eomt")
+        if masked_queries and head != "eomt":
+            raise ConfigError(f"masked_queries=true belongs to head eomt, not {head}")
+        self.masked_queries, self.mask_shares = masked_queries, [0.0] * head_depth
         self.first_joint = depth - head_depth if head == "eomt" else depth
         joint = Grid(self.grid.shape, self.prefix)
         self.blocks = nn.ModuleList(
@@ -144,9 +149,10 @@ class Segmenter(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def slots(cls, *, head: str = "upernet", **options: Any) -> dict[str, Slot]:
+    def slots(cls, *, head: str = "upernet", masked_queries: bool = False, **options: Any) -> dict[str, Slot]:
         """The blocks over the grid; the mask transformer's blocks over patches and class tokens, a set."""
-        slots = {"encoder": Slot(Pattern.SELF, grid_dims=2, length_known=True)}
+        bias = "full" if masked_queries else None
+        slots = {"encoder": Slot(Pattern.SELF, grid_dims=2, bias=bias, length_known=True)}
         if head == "mask_transformer":
             slots["decoder"] = Slot(Pattern.SELF, ordered=False, length_known=True)
         return slots
@@ -184,15 +190,21 @@ class Segmenter(nn.Module):
         Returns:
             Class scores [L, B, Q, K + 1] and mask scores [L, B, Q, h, w] over the whole image.
         """
-        outputs, joint, shape, _ = self._features(images)
-        steps = [self.head.predict(x, shape) for x in (*map(self.norm, joint), outputs[-1])]
+        outputs, steps, shape, _ = self._features(images, each_block=True)
+        steps.append(self.head.predict(outputs[-1], shape))
         logits, masks = (torch.stack(part) for part in zip(*steps, strict=True))
         if any(side % self.patch_size for side in images.shape[-2:]):
             masks = self._crop(masks.flatten(0, 1), images).unflatten(0, masks.shape[:2])
         return logits, masks
 
-    def _features(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], tuple[int, int], list[Tensor]]:
-        """Tokens of four depths, inputs of the blocks that see queries, the grid, and the stem's maps."""
+    def anneal(self, progress: float) -> None:
+        """Set the shares of masked queries for a moment of the training, 0 at its begin and 1 at its end."""
+        self.mask_shares = self.head.mask_shares(progress, len(self.mask_shares))
+
+    def _features(
+        self, images: Tensor, *, each_block: bool = False
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], tuple[int, int], list[Tensor]]:
+        """Tokens of four depths, predictions before each block that sees queries, the grid, and the stem's maps."""
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ConfigError(
                 f"images must be [B, {self.in_channels}, height, width], got {list(images.shape)}; in_channels sets "
@@ -205,17 +217,22 @@ class Segmenter(nn.Module):
         shape = tuple(stem[-1].shape[-2:])
         x = tokens_of(stem[-1]) + resample_positions(self.pos_embed, self.grid.shape, shape)
         grid = Grid(shape)
-        outputs, joint = [], []
+        outputs, steps = [], []
         for i, block in enumerate(self.blocks):
             if self.prefix and i == self.first_joint:
                 x = torch.cat((self.head.queries.expand(len(x), -1, -1), x), 1)
                 grid = Grid(shape, self.prefix)
+            bias = None
             if i >= self.first_joint:
-                joint.append(x)
-            x = block(x, grid=grid)
+                share = self.mask_shares[i - self.first_joint] if self.training else 0.0
+                if each_block or share:
+                    steps.append(self.head.predict(self.norm(x), shape))
+                if share:
+                    bias = self.head.attention_bias(steps[-1][1], shape, share)
+            x = block(x, grid=grid, bias=bias)
             outputs.extend([x] * self.taps.count(i))
         outputs[-1] = self.norm(outputs[-1])
-        return outputs, joint, shape, stem
+        return outputs, steps, shape, stem
 
     def _crop(self, maps: Tensor, images: Tensor) -> Tensor:
         """Maps [B, K, h, w] of the padded picture at the resolution of `images`, without the padding."""
