@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-# Rows of the blocks that are summed directly.
-BASE = 4
-
 
 def detached_gates(log_g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Gates [B, H, M] or [B, H, M, D] without gradient, and ``C - C.detach()`` for their running sum C over all steps.
@@ -23,8 +20,8 @@ def detached_gates(log_g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tensor:
     """``A_ri = sum_d q_rd k_id exp(cum_rd - cum_id)`` for i <= r (i < r without ``diagonal``), zero above; [..., T, T].
 
-    T is a power of two. Blocks are joined pairwise: inside an upper-right/lower-left split at row m both factors are taken relative to
-    ``cum_{m-1}``, so both exponents are at most zero whatever the gates; only blocks of ``BASE`` rows are summed directly.
+    T is a power of two. Blocks are joined pairwise, beginning with single rows: at a split before row m both factors are taken relative to
+    ``cum_{m-1}``, so that both exponents are at most zero whatever the gates.
 
     Args:
         q: [..., R, T, D] or [..., T, D]; R query sets that share the keys.
@@ -32,12 +29,8 @@ def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tens
         cum: Cumulative log decays, [..., T, D].
         diagonal: Keep i = r.
     """
-    size = k.shape[-2]
-    base = min(BASE, size)
-    qb, kb, cb = (t.unflatten(-2, (-1, base)) for t in (q, k, cum))
-    keep = torch.ones(base, base, dtype=torch.bool, device=q.device).tril(0 if diagonal else -1)
-    gap = (cb[..., :, None, :] - cb[..., None, :, :]).masked_fill(~keep[..., None], float("-inf"))
-    out = (qb[..., :, None, :] * (kb[..., None, :, :] * gap.exp())).sum(-1)  # [..., T / base, base, base]
+    size, base = k.shape[-2], 1
+    out = (q * k).sum(-1)[..., None, None] if diagonal else q.new_zeros(*q.shape[:-1], 1, 1)
     while base < size:
         qp, kp, cp = (t.unflatten(-2, (-1, 2, base)) for t in (q, k, cum))
         middle = cp[..., 0, -1:, :]

@@ -6,8 +6,8 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 returns for k_t by a mixture with v_t. The exclusive read is ``q_t diag(e^{log_g_t}) S_{t-1}``.
 
 Implementations: ``reference`` goes step by step; ``torch`` solves one triangular system per chunk and is differentiable any number of
-times; ``triton`` replaces the walk over the chunks by one kernel (its gradient is the same walk backwards) and, with decay per channel, the
-weights inside chunks by those of ``kernels.decay``; the other parts that run in parallel over chunks are the same library products.
+times; ``triton`` makes the walk over the chunks one kernel, with one matrix per chunk (its gradient is the same walk backwards), and, with decay per
+channel, the weights inside chunks those of ``kernels.decay``; what runs in parallel over chunks is the same library products.
 
 Sources: arXiv 2406.06484 (chunk form), arXiv 2412.06464 (gated), arXiv 2510.26692 (per channel). Reading at ``positions``, the exclusive
 read and the final state for cross attention are this project's.
@@ -92,9 +92,10 @@ def delta_scan(
         parts = {}
         if impl == "triton":
             from kernels.decay.ops import BLOCK, gated_products
-            from kernels.delta.ops import running
+            from kernels.delta.ops import CHUNK, walk
 
-            parts = {"running": running, "products": gated_products, "least": BLOCK}
+            parts = {"walk": walk, "products": gated_products, "least": BLOCK}
+            chunk = chunk or (CHUNK if log_g is None or log_g.dim() == 3 else None)
         o, state = torch_path.scan(
             q,
             k,
@@ -103,7 +104,7 @@ def delta_scan(
             log_g=log_g,
             read=read,
             initial=initial_state,
-            chunk=chunk,
+            chunk=chunk or torch_path.CHUNK,
             **parts,
         )
     o = back(o)
@@ -162,14 +163,14 @@ def cost(
 ) -> Cost:
     """FLOPs and bytes of a scan (``scan``) or of one final state read by ``queries``; the backward is 2.5 times the products.
 
-    Per token: overlaps and triangular solve ``T (3 D + E)``, state transition and writes ``2 D (D + E) + 2 D^2 E / T``, correction and
-    outputs ``4 D E + 2 T (D + E)``.
+    Per token: overlaps and the inverse of the triangular system ``2 T D + T^2 / 3``, its product ``2 T E``, correction and write ``4 D E``, and
+    for outputs ``2 D E + 2 T (D + E)``.
     """
     e = dim if value_dim is None else value_dim
     n = tokens if queries is None else queries
     t = chunk
-    flops = tokens * (t * (3 * dim + e) + 2 * dim * (dim + e) + 2 * dim * dim * e / t)
-    flops += n * (4 * dim * e + 2 * t * (dim + e)) if scan else 2 * n * dim * e
+    flops = tokens * (2 * t * (dim + e) + t * t / 3 + 4 * dim * e)
+    flops += n * (2 * dim * e + 2 * t * (dim + e)) if scan else 2 * n * dim * e
     moved = itemsize * (n * (dim + e) + tokens * (dim + e + 1))
     total = Cost(batch * heads * flops, batch * heads * moved, batch * heads * dim * e)
     return Cost(2.5 * total.flops, 2 * total.bytes, total.state) if backward else total

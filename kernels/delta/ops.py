@@ -7,6 +7,9 @@ initial state: the same recurrence backwards. The backward calls the same operat
 import torch
 from torch import Tensor
 
+# Longer chunks than on a CPU: their matrices [D, D] are what the kernel walks over.
+CHUNK = 64
+
 
 @torch.library.custom_op("zoo::delta_states_fwd", mutates_args=())
 def delta_states_fwd(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> Tensor:
@@ -39,7 +42,16 @@ def _backward(ctx, grad):
 delta_states_fwd.register_autograd(_backward, setup_context=_setup)
 
 
-def running(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk [B, H, C, D, E] and the last state [B, H, D, E]."""
+def walk(
+    system: Tensor, u: Tensor, w: Tensor, k: Tensor, across: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``walk.walk``, with one transition [D, D] and one write [D, E] per chunk, so that only one product per chunk is sequential."""
+    e, d = u.shape[-1], w.shape[-1]
+    solved = torch.linalg.solve_triangular(system, torch.cat((u, w), -1), upper=False, unitriangular=True)
+    writes, erases = (k.mT @ solved).split((e, d), -1)  # [B, H, C, D, E], [B, H, C, D, D]
+    eye = torch.eye(d, dtype=k.dtype, device=k.device)
+    keeps = (eye if across is None else eye * across) - erases
     states = delta_states_fwd(keeps, writes, initial)
-    return states[:, :, :-1], states[:, :, -1]
+    before = states[:, :, :-1]
+    value, key = solved.split((e, d), -1)
+    return value - key @ before, before, states[:, :, -1]

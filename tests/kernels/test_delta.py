@@ -194,3 +194,20 @@ def test_errors_name_the_way_out(change, message):
 def test_cost_is_linear_in_length():
     one, two = (cost(1, 4, n, 64) for n in (1024, 2048))
     assert two.flops == 2 * one.flops and two.state == one.state == 4 * 64 * 64
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_tangents_ride_the_same_walk(kind):
+    """Forward mode equals reverse mode, alone and over it."""
+    args = make(kind, 5, d=2, e=2, batch=1, heads=1, strength=0.5)
+    names = list(args)
+    call = lambda *t: delta_scan(**dict(zip(names, t, strict=True)), chunk=2)
+    leaves = tuple(t.requires_grad_() for t in args.values())
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, check_backward_ad=False)
+    along = tuple(torch.randn_like(t) for t in leaves)
+    value, tangent = torch.func.jvp(call, leaves, along)
+    _, pull = torch.func.vjp(call, *leaves)
+    upstream = torch.randn_like(value)
+    torch.testing.assert_close(
+        (upstream * tangent).sum(), sum((g * a).sum() for g, a in zip(pull(upstream), along, strict=True))
+    )
