@@ -16,7 +16,7 @@ def bin_edges(
     *,
     method: str = "tree",
     num_bins: int = 48,
-    min_leaf: int = 64,
+    min_leaf: int = 20,
     seed: int = 0,
 ) -> list[float]:
     """Edges b_0 < ... < b_T of one column, from training rows only.
