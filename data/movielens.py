@@ -22,6 +22,7 @@ class MovieLensData(SequenceData):
 
     licence = "MovieLens: research use, no redistribution without permission (GroupLens)"
     source = "movielens"
+    private = ("titles",)
 
     def __init__(self, *, split_seed: int = 7, **options: Any) -> None:
         super().__init__(split_seed=split_seed, **options)

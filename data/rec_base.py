@@ -54,6 +54,7 @@ class SequenceData(ZooData):
     """
 
     kind: ClassVar[str] = "sequences"
+    private: ClassVar[tuple[str, ...]] = ()  # preprocessing that packaged weights may not carry
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class SequenceData(ZooData):
         return {
             "items": self.log.items,
             "titles": titles if any(titles) else [],
+            "private": list(self.private),
             "max_length": self.max_length,
             "exclude_seen": self.exclude_seen,
         }

@@ -51,6 +51,17 @@ def test_a_run_becomes_named_weights_with_a_clean_card(tmp_path):
     )
 
 
+def test_what_a_licence_keeps_private_is_left_out(tmp_path):
+    made = run(tmp_path / "run", "recommendation")
+    preprocessing = read_card(made / "weights.safetensors")["preprocessing"]
+    update_card(
+        made / "weights.safetensors",
+        preprocessing=preprocessing | {"titles": ["A film"], "private": ["titles"]},
+    )
+    left = read_card(package(made, tmp_path / "weights"))["preprocessing"]
+    assert "titles" not in left and "private" not in left and left["items"] == preprocessing["items"]
+
+
 def test_interval_over_seeds_is_students(tmp_path):
     others = [
         run(tmp_path / str(seed), metrics={"accuracy": value, "loss": 0.3}, seed=seed)

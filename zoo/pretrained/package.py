@@ -59,6 +59,8 @@ def package(
     card["licence"] = licence or card.get("licence")
     if not card["licence"]:
         raise WeightsError(f"the data of {run} name no licence; give one with --licence TEXT")
+    for key in card["preprocessing"].pop("private", []):  # what the data's licence keeps from being passed on
+        card["preprocessing"].pop(key)
     card["command"] = clean_command(card["command"])
     card["interval"] = intervals(card, [read_card(other / "weights.safetensors") for other in seeds])
     card["storage"] = storage
