@@ -20,8 +20,6 @@ from zoo.decoding import beam_search, ctc_greedy, greedy
 from zoo.errors import ConfigError
 from zoo.models._speech import BOS, EOS, SpeechModel, SpeechOutput
 
-DECODER_PARTS = ("decoder", "embedding", "head")
-
 
 class SpeechToText(ZooTask):
     """Transcription.
@@ -43,6 +41,7 @@ class SpeechToText(ZooTask):
     monitor = "cer"
     mode = "min"
     data_kind = "speech"
+    whole_to_evaluate = True
 
     def __init__(
         self,
@@ -110,18 +109,26 @@ class SpeechToText(ZooTask):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         tokens, count = batch["tokens"], batch["token_length"]
-        if not len(count):  # no recording of the batch was usable
-            return {"ctc": sum(p.sum() for p in self.model.parameters()) * 0.0}
-        inputs, targets = with_ends(tokens, count)
         alone = self.training and self.progress() < self.ctc_start
         decode = self.has_decoder and not alone
+        if not len(count):  # no recording of the batch was usable
+            return {"ctc": self._of_silence(batch["audio"].device, decode)}
+        inputs, targets = with_ends(tokens, count)
         out = self.model(batch["audio"], batch["audio_length"], inputs if decode else None)
         self._count_padding(batch)
         terms = self.terms(out, tokens, count, targets)
-        if alone:  # distributed training wants a gradient, if of zeros, for every parameter
-            unused = [p for n, p in self.model.named_parameters() if n.startswith(DECODER_PARTS)]
-            terms["ctc"] = terms["ctc"] / self.ctc_weight + sum(p.sum() for p in unused) * 0.0
+        if alone:
+            terms["ctc"] = terms["ctc"] / self.ctc_weight
         return terms
+
+    def _of_silence(self, device: torch.device, decode: bool) -> Tensor:
+        """Zero by way of a second of silence: with several processes each has to run the parts that the others run."""
+        samples = self.data.sample_rate
+        start = torch.full((1, 1), EOS, device=device) if decode else None
+        out = self.model(
+            torch.zeros(1, samples, device=device), torch.full((1,), samples, device=device), start
+        )
+        return 0.0 * sum(logits.sum() for logits in (out.ctc_logits, out.logits) if logits is not None)
 
     def progress(self) -> float:
         """Share of the training that is done; 1 outside training."""

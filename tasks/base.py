@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from tasks.engine.sharding import shard
+from tasks.engine.sharding import make_whole, shard, share_again
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError
 
@@ -41,11 +41,14 @@ class ZooTask(L.LightningModule):
         monitor: Validation metric that picks the best checkpoint.
         mode: "max" or "min" for that metric.
         data_kind: Kind of data module that fits; compared with the module's `kind`.
+        whole_to_evaluate: Whether evaluation calls parts of the network outside their `forward` (decoding token by token), for which
+            trainer=fsdp has to give every process all parameters.
     """
 
     monitor: ClassVar[str] = "loss"
     mode: ClassVar[str] = "min"
     data_kind: ClassVar[str] = ""
+    whole_to_evaluate: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -119,7 +122,19 @@ class ZooTask(L.LightningModule):
     def configure_model(self) -> None:
         """Share out the network where the trainer has a mesh of processes (trainer=fsdp)."""
         if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+            shard(self, self.device_mesh["data_parallel"])
+
+    def on_validation_start(self) -> None:
+        if self.whole_to_evaluate:
+            make_whole(self)
+
+    def on_validation_end(self) -> None:
+        if self.whole_to_evaluate:
+            share_again(self)
+
+    def on_test_start(self) -> None:
+        if self.whole_to_evaluate:
+            make_whole(self)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.losses(batch)

@@ -89,7 +89,7 @@ class AveragedWeights(Callback):
 
     @torch.no_grad()
     def _exchange(self, module: ZooTask) -> None:
-        for parameter, average in zip(own_parameters(module.model), self.average, strict=True):
+        for parameter, average in zip(own_parameters(module), self.average, strict=True):
             live = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(live)
@@ -108,7 +108,7 @@ class AveragedWeights(Callback):
         checkpoint["ema_step"] = self.step
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: ZooTask, checkpoint: dict[str, Any]) -> None:
-        averages = zip(checkpoint["ema"].values(), own_parameters(module.model), strict=True)
+        averages = zip(checkpoint["ema"].values(), own_parameters(module), strict=True)
         self.average = [as_held(a, p) for a, p in averages]
         self.step = checkpoint["ema_step"]
 

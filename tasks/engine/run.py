@@ -30,7 +30,7 @@ from tasks.engine.folder import (
 from tasks.engine.memory import is_out_of_memory, remembered, smaller_batch
 from tasks.engine.protocol import Budget, describe, settle
 from tasks.engine.report import print_result, print_slots
-from tasks.engine.sharding import load_whole_state, whole_state
+from tasks.engine.sharding import load_whole_state, make_whole, whole_state
 from tasks.engine.trainer import build_trainer
 from zoo.attention.slots import AttentionFactory, slot_table
 from zoo.layers.flops import count_flops
@@ -69,6 +69,7 @@ def run(cfg: DictConfig, folder: Path, search: dict[str, Any] | None = None) -> 
         if best.exists() and not cfg.trainer.fast_dev_run:
             load_best(task, best)
         trainer.test(task, datamodule=fitted.data, verbose=False)
+        make_whole(task)
         # Every process draws: figures may gather metrics from all of them.
         with tempfile.TemporaryDirectory() as elsewhere:
             figures = task.figures(folder / "figures" if trainer.is_global_zero else Path(elsewhere))
@@ -239,6 +240,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*isinstance.treespec.*",
         ".*smaller than the logging interval.*",
+        ".*find_unused_parameters=True was specified.*",
         ".*sync_dist=True.*",  # metrics are summed over processes before they are logged
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -5,10 +5,11 @@ Checkpoints, averaged weights and the weights pair hold whole tensors, so a run 
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -68,24 +69,24 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {names[p]: s for p, s in state["state"].items()}, "param_groups": groups}
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Share out `model` over the processes of `mesh`; nothing happens the second time.
+def shard(task: LightningModule, mesh: DeviceMesh) -> None:
+    """Share out the parameters of `task` over the processes of `mesh`; nothing happens the second time.
 
     Blocks (what a ModuleList holds around attention) gather their parameters one after the other, so that one block is whole at a
-    time; what is left belongs to the model itself and is whole during a step.
+    time. The rest is whole during a step of the task and not just a call of its model: losses use tables and heads of the model outside
+    `forward` too.
     """
-    if isinstance(model, FSDPModule):
+    if isinstance(task, FSDPModule):
         return
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for module in reversed(list(model.modules())):  # what lies inside first
+    owners = Counter(id(p) for _, p in task.named_parameters(remove_duplicate=False))
+    for module in reversed(list(task.modules())):  # what lies inside first
         if isinstance(module, nn.ModuleList):
             for block in module:
                 if _is_block(block) and all(owners[id(p)] == 1 for p in block.parameters()):
                     fully_shard(block, mesh=mesh)
-    methods = [name for name, _ in inspect.getmembers(type(model), inspect.isfunction) if _is_entry(name)]
-    fully_shard(model, mesh=mesh)
-    for name in methods:  # tasks call `encode`, `scores` ... beside `forward`
-        register_fsdp_forward_method(model, name)
+    fully_shard(task, mesh=mesh)
+    for step in ("training_step", "validation_step", "test_step"):
+        register_fsdp_forward_method(task, step)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -93,16 +94,29 @@ def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, Attention) and any(isinstance(m, Attention) for m in inner)
 
 
-def _is_entry(name: str) -> bool:
-    return not name.startswith("_") and not hasattr(nn.Module, name)
+def _shared_out(module: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in module.modules() if isinstance(m, FSDPModule))
 
 
-def own_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters as this process keeps them; after an evaluation some may still be whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return list(model.parameters())
+def own_parameters(task: LightningModule) -> list[nn.Parameter]:
+    """The model's parameters as this process keeps them; after an evaluation some may still be whole."""
+    for module in _shared_out(task):
+        module.reshard()
+    return list(task.model.parameters())
+
+
+def make_whole(task: LightningModule) -> None:
+    """Give every process all parameters, for what calls parts of the model on their own: figures, decoding token by token."""
+    for module in _shared_out(task):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def share_again(task: LightningModule) -> None:
+    """Undo `make_whole`."""
+    for module in _shared_out(task):
+        module.reshard()
+        module.set_reshard_after_forward(module is not task, recurse=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
 from tasks.base import ZooTask
@@ -18,16 +18,17 @@ from tasks.engine.callbacks import AtomicCheckpointIO, build_callbacks
 from tasks.engine.csv_logger import MetricsCsv
 from zoo.errors import ConfigError
 
-SHARDED = "fsdp"
-
 
 def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Callback]) -> L.Trainer:
     options = plain(cfg.trainer)
     for ours in ("matmul_precision", "threads"):
         options.pop(ours)
-    sharded = options["strategy"] == SHARDED
+    sharded = options["strategy"] == "fsdp"
     if sharded:
-        options["strategy"] = _sharded(task, cfg)
+        options["strategy"] = _sharded()
+    elif options["strategy"] == "ddp":
+        # Not every option of every model uses all parameters in every step (no categories in a table, CTC alone at first).
+        options["strategy"] = DDPStrategy(find_unused_parameters=True)
     trainer = L.Trainer(
         **options,
         default_root_dir=folder,
@@ -47,15 +48,16 @@ def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Cal
             "trainer.strategy=fsdp shares parameters among processes, and here is only one: give trainer.devices=2 or more "
             "(on CPU too: trainer.accelerator=cpu), or use trainer=gpu or trainer=cpu"
         )
+    if trainer.world_size > 1 and not task.automatic_optimization:
+        raise ConfigError(
+            f"task {cfg.task.name!r} takes many gradients a step, which engines for several processes do not average; use one: "
+            "trainer=gpu or trainer=cpu"
+        )
     return trainer
 
 
-def _sharded(task: ZooTask, cfg: DictConfig) -> Strategy:
-    """FSDP2 as Lightning runs it.
-
-    Raises:
-        ConfigError: The task or this torch cannot do it.
-    """
+def _sharded() -> Strategy:
+    """FSDP2 as Lightning runs it."""
     try:
         from tasks.engine.sharding import Sharded
     except ImportError as error:
@@ -63,11 +65,6 @@ def _sharded(task: ZooTask, cfg: DictConfig) -> Strategy:
             f"trainer.strategy=fsdp needs torch 2.11 or newer ({error}); this is torch {torch.__version__}. Update it or use "
             "trainer=ddp"
         ) from None
-    if not task.automatic_optimization:
-        raise ConfigError(
-            f"task {cfg.task.name!r} differentiates its network more than once a step, which parameters that are shared out "
-            "(trainer=fsdp) do not allow; use trainer=ddp or trainer=gpu"
-        )
     return Sharded()
 
 

@@ -11,10 +11,17 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
+from tasks.engine.folder import is_main_process, write_atomic
 from zoo.errors import ConfigError
 
-MODES = ("auto", "online", "offline", "disabled")
+MODES = ("online", "offline", "disabled")  # each is what remains when the one before does not start
+ELSE = {
+    "online": "this run is logged offline, see wandb sync",
+    "offline": "metrics.csv has the run",
+    "disabled": "metrics.csv has the run",
+}
 INIT_TIMEOUT_S = 20
+FINISH_TIMEOUT_S = 300.0  # what is not uploaded by then waits on the disk for wandb sync
 
 
 class ZooWandb(WandbLogger):
@@ -46,22 +53,24 @@ class ZooWandb(WandbLogger):
 def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWandb:
     """The logger of this run; a resumed run continues under its id."""
     mode = options.pop("mode")
-    if mode not in MODES:
-        raise ConfigError(f"logger.mode={mode!r}: choose {', '.join(MODES)}")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
-    identity = folder / "wandb_id"
-    sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else None
+    if mode not in MODES:
+        raise ConfigError(f"logger.mode={mode!r}: choose auto, {', '.join(MODES)}")
     import wandb
 
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
+    if wandb.run is not None:  # of a job of this sweep that failed; Lightning would log into it
+        wandb.finish(exit_code=1)
+    identity = folder / "wandb_id"
+    if is_main_process() and not identity.exists():
+        write_atomic(identity, lambda p: p.write_text(secrets.token_hex(4)))
+    sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else None
 
     def logger(mode: str) -> ZooWandb:
         return ZooWandb(
             name=folder.name,
             save_dir=str(folder),
-            id=identity.read_text(),
+            id=identity.read_text() if is_main_process() else None,  # the others log nothing
             project=options["project"],
             entity=options["entity"],
             group=sweep,
@@ -70,23 +79,22 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
             mode=mode,
             # "allow" continues an online run; offline runs are joined by their id when they are synced.
             resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, console="off", silent=True),
+            settings=wandb.Settings(
+                init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, console="off", silent=True
+            ),
         )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if mode == "online":
-            online = logger(mode)
+        for attempt in MODES[MODES.index(mode) :]:
+            found = logger(attempt)
             try:
-                _ = online.experiment  # connects
-                return online
-            except wandb.errors.Error as error:
+                _ = found.experiment  # connects
+                return found
+            except Exception as error:  # its kinds have no common base; no training ends for a logger
                 wandb.teardown()
-                print(
-                    f"W&B cannot be reached ({type(error).__name__}); this run is logged offline, see wandb sync"
-                )
-                mode = "offline"
-        return logger(mode)
+                print(f"W&B {attempt} does not start ({type(error).__name__}); {ELSE[attempt]}")
+    return found
 
 
 def _has_key() -> bool:

@@ -1,6 +1,8 @@
 """Reading a .wandb file: a LevelDB log of protobuf records behind a 7-byte header."""
 
+import json
 import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BLOCK = 32 * 1024
@@ -30,3 +32,48 @@ def read_records(path: Path):
             record.ParseFromString(b"".join(parts))
             parts = []
             yield record
+
+
+@dataclass
+class OfflineRun:
+    """What one file says of its run."""
+
+    id: str = ""
+    group: str = ""
+    tags: set = field(default_factory=set)
+    exit_code: int | None = None
+    config: dict = field(default_factory=dict)
+    history: dict = field(default_factory=dict)
+    summary: dict = field(default_factory=dict)
+    artifacts: dict = field(default_factory=dict)  # type -> paths in it -> size
+
+
+def read_run(path: Path) -> OfflineRun:
+    found = OfflineRun()
+    for record in read_records(path):
+        if record.HasField("run"):
+            found.id, found.group = record.run.run_id, record.run.run_group
+            found.tags |= set(record.run.tags)
+            found.config |= _items(record.run.config.update)
+        elif record.HasField("config"):
+            found.config |= _items(record.config.update)
+        elif record.HasField("summary"):
+            found.summary |= _items(record.summary.update)
+        elif record.HasField("history"):
+            for key, value in _items(record.history.item).items():
+                found.history.setdefault(key, []).append(value)
+        elif record.HasField("artifact"):
+            contents = record.artifact.manifest.contents
+            found.artifacts.setdefault(record.artifact.type, {}).update({c.path: c.size for c in contents})
+        elif record.HasField("exit"):
+            found.exit_code = record.exit.exit_code
+    return found
+
+
+def read_folder(folder: Path) -> list[OfflineRun]:
+    """All offline runs below a run folder, oldest first."""
+    return [read_run(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+
+
+def _items(items) -> dict:
+    return {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}

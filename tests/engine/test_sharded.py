@@ -68,7 +68,6 @@ def test_two_processes_equal_one(runs, trainer):
     moments = [c["optimizer_states"][0]["state"] for c in (one, two)]
     assert moments[0].keys() == moments[1].keys()
     for number, first in moments[0].items():
-        assert not isinstance(first["exp_avg"], torch.distributed.tensor.DTensor)
         torch.testing.assert_close(moments[1][number]["exp_avg"], first["exp_avg"], rtol=1e-2, atol=1e-5)
     close(*(load_file(runs / n / "weights.safetensors") for n in ("one", trainer)))
 
@@ -97,13 +96,14 @@ def test_weights_of_shared_parameters_load_anywhere(runs):
     "overrides, text",
     [
         (["trainer.devices=1"], "shares parameters among processes, and here is only one"),
-        (["task=pinn"], "task 'pinn' differentiates its network more than once a step"),
+        (["task=pinn"], "task 'pinn' takes many gradients a step"),
     ],
 )
 def test_what_cannot_be_shared_is_said(overrides, text, tmp_path, capsys):
     sys.path.insert(0, str(ROOT))
-    import train
     from hydra.core.global_hydra import GlobalHydra
+
+    import train
 
     GlobalHydra.instance().clear()
     argv, model = sys.argv, [] if "task=pinn" in overrides else MODEL
