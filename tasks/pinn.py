@@ -215,9 +215,9 @@ class PinnTask(ZooTask):
     def rebalance(self) -> None:
         """New weights of the terms."""
         objective, points = self.objective, self.points
-        losses = [sum(p.detach().double() for p in objective.parts(t, points)) for t in objective.terms]
+        losses = [sum(p().detach().double() for p in objective.pieces(t, points)) for t in objective.terms]
         self.balance.update(
-            lambda t: objective.gradient(objective.parts(t, points)),
+            lambda t: objective.gradient(objective.pieces(t, points)),
             lambda t: objective.kernel_trace(t, points, self.global_step),
             torch.stack(losses),
         )

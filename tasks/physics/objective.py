@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from zoo.attention.base import Attention
 from zoo.errors import CapabilityError, unknown
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, key_of, points_mix
 from zoo.layers.jets import Key
+from zoo.layers.pieces import Piece, add_gradients, count_pieces, each_gradient
 
 log = logging.getLogger("zoo.pinn")
 
@@ -105,36 +107,40 @@ class Objective:
 
     # ---------------------------------------------------------------- terms
 
-    def parts(self, term: str, points: CollocationPoints) -> Iterator[Tensor]:
-        """A term in pieces whose sum it is, so that each piece's graph can be freed."""
+    def pieces(self, term: str, points: CollocationPoints) -> list[Piece]:
+        """A term as functions whose sum it is, so that each one's graph can be freed."""
+        device = points.at.device
         if term != "residual":
-            yield from (m.square().sum(1).mean() for m in self.misfits(term, points.at.device))
-            return
-        weights, squares = points.weights().to(self.dtype), []
-        for at, weight in zip(points.at.split(self.chunk), weights.split(self.chunk), strict=True):
+            chosen = [c for c in self.conditions if c.name == term]
+            return [lambda c=c: self.misfit(c, device).square().sum(1).mean() for c in chosen]
+        weights = points.weights().to(self.dtype)
+        points.squares = torch.empty(len(weights), dtype=torch.float64, device=device)
+        count = count_pieces(len(weights), self.chunk, device)
+
+        def piece(at: Tensor, weight: Tensor, squares: Tensor) -> Tensor:
             square = self.squared_residual(at)
-            squares.append(square.detach().double())
-            yield (weight * square).sum() / len(weights)
-        points.squares = torch.cat(squares)
+            squares.copy_(square.detach())
+            return (weight * square).sum() / len(weights)
+
+        cut = zip(*(t.tensor_split(count) for t in (points.at, weights, points.squares)), strict=True)
+        return [partial(piece, *rows) for rows in cut]
 
     def backward(self, balance: Mapping[str, Tensor], points: CollocationPoints) -> dict[str, Tensor]:
         """Adds up gradients of the sum of weighted terms, piece by piece; returns the plain terms."""
-        values = {}
-        for term in self.terms:
-            weight = balance[term].to(self.dtype)
-            total = torch.zeros((), dtype=torch.float64, device=points.at.device)
-            for part in self.parts(term, points):
-                (weight * part).backward()
-                total += part.detach().double()
-            values[term] = total
+        work = [(term, piece) for term in self.terms for piece in self.pieces(term, points)]
+        weights = {term: balance[term].to(self.dtype) for term in self.terms}
+        found = add_gradients([p for _, p in work], self.parameters(), [weights[t] for t, _ in work])
+        values = dict.fromkeys(self.terms, torch.zeros((), dtype=torch.float64, device=points.at.device))
+        for (term, _), value in zip(work, found, strict=True):
+            values[term] = values[term] + value.double()
         return values
 
-    def gradient(self, pieces: Iterator[Tensor]) -> Tensor:
+    def gradient(self, pieces: Sequence[Piece]) -> Tensor:
         """Flat gradient of a sum, leaving `.grad` alone."""
         parameters = self.parameters()
         total = [torch.zeros_like(p) for p in parameters]
-        for piece in pieces:
-            for t, g in zip(total, torch.autograd.grad(piece, parameters, allow_unused=True), strict=True):
+        for _, gradients in each_gradient(pieces, parameters):
+            for t, g in zip(total, gradients, strict=True):
                 if g is not None:
                     t += g
         return torch.cat([t.reshape(-1) for t in total])
@@ -150,7 +156,7 @@ class Objective:
             else:
                 rows = torch.cat([m[:most].reshape(-1, 1) for m in self.misfits(term, points.at.device)])
             signs = torch.randint(0, 2, rows.shape, generator=draw).to(rows) * 2 - 1
-            traces.append(self.gradient(iter([(signs * rows).sum()])).square().sum() / rows.numel())
+            traces.append(self.gradient([(signs * rows).sum]).square().sum() / rows.numel())
         return torch.stack(traces).mean()
 
 

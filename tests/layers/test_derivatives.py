@@ -240,9 +240,14 @@ def test_layer_norm_is_right_to_third_order_where_the_fused_one_is_not():
         torch.testing.assert_close(table[(2,)], tables["reverse"][(2,)])
 
 
-@pytest.mark.parametrize(("fields", "method"), [(1, "reverse"), (3, "taylor")])
-def test_fields_share_a_pass_where_there_are_several(fields, method):
-    assert choose_method(network("pinn_mlp", fields=fields), box(2), WANTED)[0] == method
+def test_taylor_mode_unless_it_cannot_follow():
+    class InPlace(torch.nn.Module):
+        def forward(self, points):
+            return points[:, :1].clone().copy_(points[:, 1:] * 2)
+
+    assert choose_method(network("pinn_mlp"), box(2), WANTED)[0] == "taylor"
+    method, reason = choose_method(InPlace(), box(2), WANTED)
+    assert method == "reverse" and "in-place" in reason
 
 
 def test_algebra_counts_and_names():

@@ -5,6 +5,7 @@ import torch
 
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError
+from zoo.layers.pointwise import wave_numbers
 from zoo.models.registry import build_model, model_slots
 
 
@@ -63,3 +64,16 @@ def test_bad_options(options, text):
 def test_points_of_the_wrong_width():
     with pytest.raises(ConfigError, match=r"points must be \[N, 2\]"):
         make("pinn_mlp")(torch.rand(4, 3))
+
+
+def test_oblique_waves_are_periodic_and_counted_once():
+    assert wave_numbers(2, 1, 1) == [(1, 0), (0, 1), (1, -1), (1, 1)]
+    assert len(wave_numbers(2, 2, 2)) == 12
+    model = make(
+        "pinn_mlp", lower=[0.0] * 3, upper=[2.0, 3.0, 1.0], periods=[2.0, 3.0, None], mixed=2
+    ).double()
+    assert model.features.width == 1 + 2 * (2 + 8)
+    at = torch.tensor([[0.3, 0.2, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(model(at), model(at + torch.tensor([[2.0, -3.0, 0.0]])), atol=1e-13, rtol=0)
+    with pytest.raises(ConfigError, match="mixed=-1 at least 0"):
+        make("pinn_mlp", mixed=-1)

@@ -5,6 +5,7 @@ Letters: N points, d coordinates, F fields, C width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,8 @@ class Features(nn.Module):
         upper: Highest value.
         periods: Period of each coordinate, None where it has none.
         harmonics: Harmonics per periodic coordinate.
+        mixed: Highest harmonic of waves that run oblique to the periodic coordinates, cos and sin of k x + l y with k and l
+            up to this number; 0 for none. Flows in a periodic box are few such waves.
         fourier: Number of random Fourier features of the scaled coordinates; 0 for none.
         fourier_scale: Standard deviation of their frequencies.
         seed: Draws the frequencies.
@@ -74,6 +77,7 @@ class Features(nn.Module):
         upper: Sequence[float],
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         seed: int = 0,
@@ -91,8 +95,10 @@ class Features(nn.Module):
             )
         self.plain = [i for i, p in enumerate(periods) if p is None]
         self.periodic = [(i, 2 * math.pi / p) for i, p in enumerate(periods) if p is not None]
-        self.harmonics = harmonics
-        self.width = len(self.plain) + 2 * harmonics * len(self.periodic)
+        waves = wave_numbers(len(self.periodic), harmonics, mixed)
+        # Whole numbers, exact in any precision: a period times a rounded frequency would not close.
+        self.register_buffer("waves", torch.tensor(waves).to(self.centre.dtype), persistent=False)
+        self.width = len(self.plain) + 2 * len(waves)
         if fourier:
             draw = torch.Generator().manual_seed(seed)
             frequencies = torch.randn(fourier, self.width, generator=draw) * fourier_scale * math.pi
@@ -105,16 +111,24 @@ class Features(nn.Module):
         """[..., d] -> [..., width]."""
         scaled = (x - self.centre) * self.half_range.reciprocal()
         if self.periodic:
-            parts = [scaled[..., i : i + 1] for i in self.plain]
-            for i, omega in self.periodic:
-                for h in range(1, self.harmonics + 1):
-                    angle = x[..., i : i + 1] * (h * omega)
-                    parts += [torch.cos(angle), torch.sin(angle)]
-            scaled = torch.cat(parts, -1)
+            angle = torch.cat([x[..., i : i + 1] * omega for i, omega in self.periodic], -1)
+            angle = torch.nn.functional.linear(angle, self.waves)
+            circles = torch.stack((torch.cos(angle), torch.sin(angle)), -1).flatten(-2)
+            scaled = torch.cat([*(scaled[..., i : i + 1] for i in self.plain), circles], -1)
         if self.frequencies is None:
             return scaled
         angle = torch.nn.functional.linear(scaled, self.frequencies)
         return torch.cat((scaled, torch.cos(angle), torch.sin(angle)), -1)
+
+
+def wave_numbers(dims: int, harmonics: int, mixed: int) -> list[tuple[int, ...]]:
+    """Whole-number vectors: 1 .. `harmonics` along each axis, then oblique ones up to `mixed`, one of each +-pair."""
+    if harmonics < 1 or mixed < 0:
+        raise ConfigError(f"harmonics={harmonics} must be at least 1 and mixed={mixed} at least 0")
+    along = [tuple(h * (a == b) for b in range(dims)) for a in range(dims) for h in range(1, harmonics + 1)]
+    box = itertools.product(range(-mixed, mixed + 1), repeat=dims)
+    zero = (0,) * dims
+    return along + [k for k in box if k > zero and sum(map(bool, k)) > 1]
 
 
 class PointNetwork(nn.Module):
@@ -123,7 +137,7 @@ class PointNetwork(nn.Module):
     Args:
         lower, upper: Box of the coordinates.
         fields: Number of fields F.
-        periods, harmonics, fourier, fourier_scale: See `Features`.
+        periods, harmonics, mixed, fourier, fourier_scale: See `Features`.
         ansatz: Form that fulfils conditions exactly, see `zoo.layers.ansatz`.
         ansatz_options: Its keyword arguments.
     """
@@ -136,6 +150,7 @@ class PointNetwork(nn.Module):
         fields: int,
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         ansatz: str = "none",
@@ -145,7 +160,7 @@ class PointNetwork(nn.Module):
         if fields < 1:
             raise ConfigError(f"fields={fields} must be at least 1")
         self.dims, self.num_fields = len(lower), fields
-        self.features = Features(lower, upper, periods, harmonics, fourier, fourier_scale)
+        self.features = Features(lower, upper, periods, harmonics, mixed, fourier, fourier_scale)
         self._ansatz, self._ansatz_options = get_ansatz(ansatz), dict(ansatz_options or {})
 
     def raw(self, points: Tensor) -> Tensor:

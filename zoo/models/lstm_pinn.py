@@ -27,7 +27,7 @@ class LstmPinn(PointNetwork):
         attention: Unused; the model has no slots.
         dim: Width C of state and memory.
         depth: Steps of the recurrence, >= 1.
-        lower, upper, fields, periods, harmonics, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
+        lower, upper, fields, periods, harmonics, mixed, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LstmPinn(PointNetwork):
         fields: int = 1,
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         ansatz: str = "none",
@@ -52,6 +53,7 @@ class LstmPinn(PointNetwork):
             fields=fields,
             periods=periods,
             harmonics=harmonics,
+            mixed=mixed,
             fourier=fourier,
             fourier_scale=fourier_scale,
             ansatz=ansatz,

@@ -69,7 +69,7 @@ class PhysicsFormer(PointNetwork):
         head: Hidden widths of the read-out.
         act: tanh, wavelet, sin, gelu or silu. With wavelets a small network bends between few points: on Burgers the
             held-out residual rose while the training residual fell.
-        lower, upper, fields, periods, harmonics, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
+        lower, upper, fields, periods, harmonics, mixed, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class PhysicsFormer(PointNetwork):
         fields: int = 1,
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         ansatz: str = "none",
@@ -102,6 +103,7 @@ class PhysicsFormer(PointNetwork):
             fields=fields,
             periods=periods,
             harmonics=harmonics,
+            mixed=mixed,
             fourier=fourier,
             fourier_scale=fourier_scale,
             ansatz=ansatz,

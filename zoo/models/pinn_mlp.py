@@ -27,7 +27,7 @@ class PinnMlp(PointNetwork):
         depth: Hidden layers, >= 1.
         act: tanh, sin, wavelet, gelu or silu.
         modified: Gate the layers between two encodings of the input.
-        lower, upper, fields, periods, harmonics, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
+        lower, upper, fields, periods, harmonics, mixed, fourier, fourier_scale, ansatz, ansatz_options: `PointNetwork`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class PinnMlp(PointNetwork):
         fields: int = 1,
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         ansatz: str = "none",
@@ -54,6 +55,7 @@ class PinnMlp(PointNetwork):
             fields=fields,
             periods=periods,
             harmonics=harmonics,
+            mixed=mixed,
             fourier=fourier,
             fourier_scale=fourier_scale,
             ansatz=ansatz,

@@ -40,6 +40,7 @@ class PinnsFormer(PhysicsFormer):
         fields: int = 1,
         periods: Sequence[float | None] | None = None,
         harmonics: int = 1,
+        mixed: int = 0,
         fourier: int = 0,
         fourier_scale: float = 1.0,
         ansatz: str = "none",
