@@ -2,96 +2,88 @@
 
 Per chunk, with ``L`` unit lower triangular: ``x = L^{-1} (u - w S)``, then ``S' = a S + k^T x + g``. The adjoint with upstream gradients of x and of
 the states is the same walk in the other direction, with L transposed, w and k in each other's place and both signs turned:
-``r = L^{-T} (dx + k s)``, then ``s' = a s - w^T r + dS``. Tangents ride the same walk too. So one function that calls itself serves derivatives of
-every order, and nothing is recomputed or recorded inside the loop.
+``r = L^{-T} (dx + k s)``, then ``s' = a s - w^T r + dS``. So one operator whose backward calls it serves derivatives of every order, and nothing is
+recorded or recomputed inside the loop. Registered as ``zoo::delta_walk``: torch.compile would unroll the loop.
 """
-
-from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class _Walk(torch.autograd.Function):
-    """Z sequences (batch and heads), C chunks of T steps, D rows and E columns of the state."""
+@torch.library.custom_op("zoo::delta_walk", mutates_args=())
+def delta_walk(
+    u: Tensor,
+    w: Tensor,
+    system: Tensor,
+    inverse: Tensor,
+    k: Tensor,
+    across: Tensor | None,
+    extra: Tensor | None,
+    initial: Tensor,
+    adjoint: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Z sequences (batch and heads), C chunks of T steps, D rows and E columns of the state.
 
-    @staticmethod
-    def forward(
-        u: Tensor,
-        w: Tensor,
-        system: Tensor,
-        inverse: Tensor,
-        k: Tensor,
-        across: Tensor | None,
-        extra: Tensor | None,
-        initial: Tensor,
-        adjoint: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """u [Z, C, T, E], w, k [Z, C, T, D], system and its inverse [Z, C, T, T], across [Z, C, D|1, 1], extra [Z, C, D, E].
+    Args:
+        u: [Z, C, T, E].
+        w: [Z, C, T, D].
+        system: L, [Z, C, T, T]; takes the gradient of its inverse and is not read.
+        inverse: Of L, what the walk reads; without gradient.
+        k: [Z, C, T, D].
+        across: a, [Z, C, D|1, 1].
+        extra: g, [Z, C, D, E].
+        initial: State that the walk begins with, [Z, D, E].
+        adjoint: From the last chunk to the first, with both signs turned.
 
-        The inverse is a helper that carries no gradient: that of the solution goes to ``system``. Returns x [Z, C, T, E], the state
-        that each chunk meets [Z, C, D, E] and the last one [Z, D, E].
-        """
-        sign = 1 if adjoint else -1
-        x, met = torch.empty_like(u), u.new_empty(*u.shape[:2], k.shape[-1], u.shape[-1])
-        absent = [None] * u.shape[1]
-        steps = zip(
+    Returns:
+        x [Z, C, T, E], the state that each chunk meets [Z, C, D, E] and the last one [Z, D, E].
+    """
+    sign = 1 if adjoint else -1
+    x, met = torch.empty_like(u), u.new_empty(*u.shape[:2], k.shape[-1], u.shape[-1])
+    absent = [None] * u.shape[1]
+    chunks = list(
+        zip(
             *(t.unbind(1) for t in (u, w, inverse, k.mT, x, met)),
             *(absent if t is None else t.unbind(1) for t in (across, extra)),
             strict=True,
         )
-        state = initial.clone()
-        for u_c, w_c, inverse_c, k_c, x_c, met_c, across_c, extra_c in (
-            reversed(list(steps)) if adjoint else steps
-        ):
-            met_c.copy_(state)
-            torch.bmm(inverse_c, torch.baddbmm(u_c, w_c, state, alpha=sign), out=x_c)
-            if across_c is not None:
-                state.mul_(across_c)
-            if extra_c is not None:
-                state.add_(extra_c)
-            state.baddbmm_(k_c, x_c, alpha=-sign)
-        return x, met, state
+    )
+    state = initial.clone()
+    for u_c, w_c, inverse_c, k_c, x_c, met_c, across_c, extra_c in reversed(chunks) if adjoint else chunks:
+        met_c.copy_(state)
+        torch.bmm(inverse_c, torch.baddbmm(u_c, w_c, state, alpha=sign), out=x_c)
+        if across_c is not None:
+            state.mul_(across_c)
+        if extra_c is not None:
+            state.add_(extra_c)
+        state.baddbmm_(k_c, x_c, alpha=-sign)
+    return x, met, state
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, w, system, inverse, k, across, extra, _, ctx.adjoint = inputs
-        saved = (w, system, inverse, k, across, *output[:2])
-        ctx.has_extra = extra is not None
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
 
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor, dmet: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        w, system, inverse, k, across, x, met = ctx.saved_tensors
-        sign = 1 if ctx.adjoint else -1
-        dr, after, dinitial = _Walk.apply(
-            dx, k, system.mT, inverse.mT, w, across, dmet, dlast, not ctx.adjoint
-        )
-        dacross = None
-        if ctx.needs_input_grad[5]:
-            dacross = (after * met).sum_to_size(across.shape)
-        return (
-            dr, _times(dr, met.mT, sign), _times(dr, x.mT, -1), None, _times(x, after.mT, -sign), dacross,
-            after if ctx.has_extra else None, dinitial, None,
-        )  # fmt: skip
+@delta_walk.register_fake
+def _(u, w, system, inverse, k, across, extra, initial, adjoint):
+    met = u.new_empty(*u.shape[:2], k.shape[-1], u.shape[-1])
+    return torch.empty_like(u), met, torch.empty_like(initial)
 
-    @staticmethod
-    def jvp(
-        ctx: Any, du, dw, dsystem, dinverse, dk, dacross, dextra, dinitial, dadjoint
-    ) -> tuple[Tensor, ...]:
-        w, system, inverse, k, across, x, met = ctx.saved_tensors
-        sign = 1 if ctx.adjoint else -1
-        drive = torch.zeros_like(x) if du is None else du
-        drive = drive if dw is None else drive + sign * (dw @ met)
-        drive = drive if dsystem is None else drive - dsystem @ x
-        grow = torch.zeros_like(met) if dextra is None else dextra
-        grow = grow if dk is None else grow - sign * (dk.mT @ x)
-        grow = grow if dacross is None else grow + dacross * met
-        start = torch.zeros_like(met[:, 0]) if dinitial is None else dinitial
-        return _Walk.apply(drive, w, system, inverse, k, across, grow, start, ctx.adjoint)
+
+def _setup(ctx, inputs, output):
+    _, w, system, inverse, k, across, extra, _, ctx.adjoint = inputs
+    ctx.has_extra = extra is not None
+    ctx.save_for_backward(w, system, inverse, k, across, *output[:2])
+
+
+def _backward(ctx, dx, dmet, dlast):
+    w, system, inverse, k, across, x, met = ctx.saved_tensors
+    sign = 1 if ctx.adjoint else -1
+    dr, after, dinitial = delta_walk(dx, k, system.mT, inverse.mT, w, across, dmet, dlast, not ctx.adjoint)
+    dacross = (after * met).sum_to_size(across.shape) if ctx.needs_input_grad[5] else None
+    return (
+        dr, _times(dr, met.mT, sign), _times(dr, x.mT, -1), None, _times(x, after.mT, -sign), dacross,
+        after if ctx.has_extra else None, dinitial, None,
+    )  # fmt: skip
+
+
+delta_walk.register_autograd(_backward, setup_context=_setup)
 
 
 def _times(a: Tensor, b: Tensor, sign: int) -> Tensor:
@@ -123,5 +115,5 @@ def walk(
     if initial is None:
         initial = u.new_zeros(*shape, k.shape[-1], u.shape[-1])
     flat = [None if t is None else t.flatten(0, 1) for t in (u, w, system, inverse, k, across)]
-    x, met, last = _Walk.apply(*flat, None, initial.flatten(0, 1), False)
+    x, met, last = delta_walk(*flat, None, initial.flatten(0, 1), False)
     return x.unflatten(0, shape), met.unflatten(0, shape), last.unflatten(0, shape)

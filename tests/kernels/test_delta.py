@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kernels.decay import decay_scan
 from kernels.delta import cost, delta_read, delta_scan, delta_state
+from kernels.delta.walk import delta_walk
 
 D64 = torch.float64
 GATES = ("none", "scalar", "vector")
@@ -196,18 +197,16 @@ def test_cost_is_linear_in_length():
     assert two.flops == 2 * one.flops and two.state == one.state == 4 * 64 * 64
 
 
-@pytest.mark.parametrize("kind", GATES)
-def test_tangents_ride_the_same_walk(kind):
-    """Forward mode equals reverse mode, alone and over it."""
-    args = make(kind, 5, d=2, e=2, batch=1, heads=1, strength=0.5)
-    names = list(args)
-    call = lambda *t: delta_scan(**dict(zip(names, t, strict=True)), chunk=2)
-    leaves = tuple(t.requires_grad_() for t in args.values())
-    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, check_backward_ad=False)
-    along = tuple(torch.randn_like(t) for t in leaves)
-    value, tangent = torch.func.jvp(call, leaves, along)
-    _, pull = torch.func.vjp(call, *leaves)
-    upstream = torch.randn_like(value)
-    torch.testing.assert_close(
-        (upstream * tangent).sum(), sum((g * a).sum() for g, a in zip(pull(upstream), along, strict=True))
-    )
+def test_walk_is_one_operator_under_compile():
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(1, 2, *s, generator=gen, requires_grad=True)
+    initial = torch.randn(1, 3, 4, requires_grad=True)
+    tensors = new(5, 4), new(5, 3), new(5, 5), torch.eye(5).expand(1, 2, 5, 5).clone(), new(5, 3)
+    torch.library.opcheck(delta_walk, (*tensors, new(1, 1), new(3, 4), initial, True))
+    torch.library.opcheck(delta_walk, (*tensors, None, None, initial, False))
+    args = make("scalar", 9, dtype=torch.float32, grad=True)
+    compiled = torch.compile(delta_scan, fullgraph=True, backend="aot_eager")
+    want, have = delta_scan(**args, chunk=4), compiled(**args, chunk=4)
+    torch.testing.assert_close(have, want)
+    grads = [torch.autograd.grad(o.sin().sum(), list(args.values())) for o in (want, have)]
+    torch.testing.assert_close(grads[1], grads[0])
