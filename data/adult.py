@@ -27,6 +27,8 @@ class AdultData(TabularData):
         common: Options of :class:`data.tabular_table.TabularData`.
     """
 
+    licence = "UCI Adult (Becker, Kohavi): CC BY 4.0"
+
     def __init__(self, *, target: str = "income", **common: Any) -> None:
         super().__init__(**common)
         if target not in TARGETS:

@@ -38,6 +38,7 @@ class IhdpData(ZooData):
         common: Options of :class:`data.base.ZooData`.
     """
 
+    licence = "generated"
     kind: ClassVar[str] = "treatment"
     VERSION = "1"
 

@@ -38,6 +38,7 @@ class MqarData(ZooData):
         common: Options of :class:`data.base.ZooData`; `split_seed` makes other sequences.
     """
 
+    licence = "generated"
     kind = "recall"
 
     def __init__(

@@ -53,6 +53,8 @@ class MultiTabBenchData(TabularData):
         common: Options of :class:`data.tabular_table.TabularData`.
     """
 
+    licence = "generated"
+
     def __init__(
         self,
         *,
