@@ -80,15 +80,24 @@ def take_turns(
     return {name: Timing(values) for name, values in times.items()}
 
 
-def row(what: str, provider: str, mode: str, shape: str, timing: Timing) -> dict[str, Any]:
-    """One line of the long csv."""
+def row(
+    what: str,
+    provider: str,
+    mode: str,
+    shape: str,
+    timing: Timing,
+    *,
+    metric: str = "time",
+    unit: str = "ms",
+) -> dict[str, Any]:
+    """One line of the long csv; with another `metric` the numbers of `timing` are of that one."""
     return {
         "what": what,
         "provider": provider,
         "mode": mode,
         "shape": shape,
-        "metric": "time",
-        "unit": "ms",
+        "metric": metric,
+        "unit": unit,
         "p20": round(timing.quantile(0.2), 4),
         "p50": round(timing.p50, 4),
         "p80": round(timing.quantile(0.8), 4),

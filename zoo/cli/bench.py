@@ -1,8 +1,9 @@
-"""python -m zoo bench ops|sensors|memory|--task NAME: timings in one run, refused while the tests of what is timed fail."""
+"""python -m zoo bench ops|efficiency|masks|sensors|memory|--task NAME: timings in one run, refused while the tests of what is timed fail."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["ops", "sensors", "memory"],
-        help="operations by length, attention over ever more sensors, or peak memory of heavy cases",
+        choices=["ops", "efficiency", "masks", "sensors", "memory"],
+        help="operations by length, variants by pattern and length, kinds of masks, attention over ever more sensors, or peak "
+        "memory of heavy cases",
     )
     parser.add_argument("--task", help="training step of this task beside its peer; asr_decode: decoding")
     parser.add_argument("--attention", default="softmax", help="variant in our model")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--only", nargs="+", help="names of operations, or of memory cases")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; each benchmark has its own")
+    parser.add_argument("--only", nargs="+", help="names of operations, variants, masks or memory cases")
+    parser.add_argument("--patterns", nargs="+", help="of efficiency: self, causal_self, cross, causal_cross")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the streamed table (memory)")
     parser.add_argument("--csv", type=Path, help="write all rows here, one long format")
@@ -33,7 +36,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if (args.what is None) == (args.task is None):
         raise ConfigError(
-            "say what to time: `bench ops`, `bench sensors`, `bench memory` or `bench --task vit`"
+            "say what to time: `bench ops`, `efficiency`, `masks`, `sensors`, `memory` or `bench --task vit`"
         )
     if args.what == "memory":
         from zoo.bench.memory import measure, show
@@ -43,14 +46,17 @@ def main(argv: list[str]) -> int:
     if not args.no_tests:
         require_green(
             ["tests/kernels", "-k", "not interpreter and not gate"]
-            if args.what == "ops"
+            if args.what in ("ops", "masks")
             else ["tests/attention"]
         )
     from zoo.bench.timing import busy
 
     if busy() > 0.7:
         print(f"note: about {busy():.1f} other processes are computing; ratios are noisy", file=sys.stderr)
-    rows = {"ops": time_ops, "sensors": time_sensors, None: time_task}[args.what](args)
+    if args.what in ("efficiency", "masks"):
+        rows = importlib.import_module(f"zoo.bench.{args.what}").run(args)
+    else:
+        rows = {"ops": time_ops, "sensors": time_sensors, None: time_task}[args.what](args)
     if args.csv:
         from zoo.bench.timing import write_csv
 
@@ -109,17 +115,16 @@ def time_ops(args: argparse.Namespace) -> list[dict]:
     from zoo.bench.ops import compare_at, exponent
     from zoo.bench.timing import row
 
-    by_length = {n: compare_at(n, args.only) for n in args.lengths}
-    table = Table(
-        "operation (fwd + bwd, ms)", *map(str, args.lengths), "SDPA / ours at the longest", "exponent"
-    )
-    last = by_length[args.lengths[-1]]
+    lengths = args.lengths or [256, 1024, 4096, 16384]
+    by_length = {n: compare_at(n, args.only) for n in lengths}
+    table = Table("operation (fwd + bwd, ms)", *map(str, lengths), "SDPA / ours at the longest", "exponent")
+    last = by_length[lengths[-1]]
     # Some contestants stop at a shorter length.
-    for name in dict.fromkeys(name for n in args.lengths for name in by_length[n]):
-        times = {n: by_length[n][name].p50 for n in args.lengths if name in by_length[n]}
+    for name in dict.fromkeys(name for n in lengths for name in by_length[n]):
+        times = {n: by_length[n][name].p50 for n in lengths if name in by_length[n]}
         ratio = f"{last['torch.SDPA'].p50 / last[name].p50:.1f}" if {"torch.SDPA", name} <= set(last) else "-"
         slope = f"{exponent(list(times), list(times.values())):.2f}" if len(times) > 1 else "-"
-        shown = (f"{times[n]:.2f}" if n in times else "-" for n in args.lengths)
+        shown = (f"{times[n]:.2f}" if n in times else "-" for n in lengths)
         table.add_row(name, *shown, ratio, slope)
     out = Console()
     (out if out.is_terminal else Console(width=120)).print(table)
