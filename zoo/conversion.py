@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.registry import create_attention, get_attention
 from zoo.errors import CapabilityError, ConfigError
-from zoo.transfer import Inputs, transfer, tune
+from zoo.transfer import Inputs, call_model, transfer, tune
 
 
 @dataclass
@@ -77,17 +77,19 @@ def convert(
     epochs: int = 60,
     lr: float = 4e-3,
     patience: int = 5,
-    fine_tune: Iterable[tuple[Inputs, Tensor]] | None = None,
+    fine_tune: Iterable[tuple[Any, Any]] | None = None,
     fine_tune_epochs: int = 5,
     fine_tune_lr: float = 3e-4,
-    loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    call: Callable[[nn.Module, Any], Any] = call_model,
 ) -> tuple[nn.Module, ConvertReport]:
     """A copy of `model` with other attention in some of its layers.
 
     Args:
         model: One of our models, or a timm VisionTransformer.
         attention: Variant to put in.
-        layers: Numbers of the self-attention layers to swap, counted from 0; all when left out.
+        layers: Numbers of the self-attention layers to swap, counted from 0; all when left out. Causal ones count only in a
+            model that has no others.
         options: The variant's own options.
         calibrate: Batches of model input (a tensor, a tuple of positional or a mapping of named arguments) for attention
             transfer; without them the new parts stay untrained. Four fifths train, the rest decide when to stop.
@@ -99,6 +101,7 @@ def convert(
         fine_tune_epochs: Most passes over them.
         fine_tune_lr: Learning rate of that training.
         loss: Of (model output, target), for fine-tuning.
+        call: How a model reads a batch, where that is not by calling it with the batch.
 
     Raises:
         ConfigError: Layers that do not exist, or a model without self-attention that can be swapped.
@@ -120,24 +123,42 @@ def convert(
     for number in chosen:
         name = places[number]
         old = converted.get_submodule(name)
-        new = _build(attention, old, model, options or {})
+        new = swap(converted, name, attention, options)
         _copy_parameters(old, new, name, report)
-        converted.set_submodule(name, new if isinstance(old, Attention) else TimmAttention(new))
         report.layers.append(name)
         pairs.append((name, name if isinstance(old, Attention) else f"{name}.inner"))
     converted.train(model.training)
     if calibrate is not None:
-        transfer(model, converted, pairs, list(calibrate), objective, epochs, lr, patience, report.losses)
+        transfer(
+            model, converted, pairs, list(calibrate), objective, epochs, lr, patience, report.losses, call
+        )
     if fine_tune is not None:
-        tune(converted, list(fine_tune), loss, fine_tune_epochs, fine_tune_lr, patience, report.tuning_losses)
+        tune(
+            converted,
+            list(fine_tune),
+            lambda batch: loss(call(converted, batch[0]), batch[1]),
+            fine_tune_epochs,
+            fine_tune_lr,
+            patience,
+            report.tuning_losses,
+        )
     return converted, report
 
 
+def swap(model: nn.Module, name: str, attention: str, options: dict[str, Any] | None = None) -> Attention:
+    """Put untaught attention in the place of the module `name`; returns it."""
+    old = model.get_submodule(name)
+    new = _build(attention, old, model, options or {})
+    model.set_submodule(name, new if isinstance(old, Attention) else TimmAttention(new))
+    return new
+
+
 def _places(model: nn.Module) -> list[str]:
-    """Names of the self-attention modules, in order."""
-    ours = [n for n, m in model.named_modules() if isinstance(m, Attention) and m.pattern is Pattern.SELF]
-    if ours:
-        return ours
+    """Names of the self-attention modules, in order; of the causal ones where there are no others."""
+    for pattern in (Pattern.SELF, Pattern.CAUSAL_SELF):
+        ours = [n for n, m in model.named_modules() if isinstance(m, Attention) and m.pattern is pattern]
+        if ours:
+            return ours
     timms = [
         n
         for n, m in model.named_modules()

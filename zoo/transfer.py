@@ -22,15 +22,16 @@ def transfer(
     teacher: nn.Module,
     student: nn.Module,
     pairs: list[tuple[str, str]],
-    batches: list[Inputs],
+    batches: list[Any],
     objective: str,
     epochs: int,
     lr: float,
     patience: int,
     losses: list[float],
+    run: Callable[[nn.Module, Any], Any],
 ) -> None:
     """Train the swapped layers on what the teacher's layers see; the student ends with its best held-out state."""
-    seen = [_inputs(teacher, [t for t, _ in pairs], batch) for batch in batches]
+    seen = [_inputs(teacher, [t for t, _ in pairs], batch, run) for batch in batches]
     old = [teacher.get_submodule(t) for t, _ in pairs]
     new = nn.ModuleList(student.get_submodule(s) for _, s in pairs).train(teacher.training)
     with torch.no_grad():
@@ -49,16 +50,17 @@ def transfer(
 
 def tune(
     model: nn.Module,
-    batches: list[tuple[Inputs, Tensor]],
-    loss: Callable[[Any, Tensor], Tensor],
+    batches: list[Any],
+    loss: Callable[[Any], Tensor],
     epochs: int,
     lr: float,
     patience: int,
     losses: list[float],
 ) -> None:
+    """Train the whole model on the batches; it ends with its best held-out state."""
     training = model.training
     model.train()
-    _train(model, batches, lambda b: loss(_call(model, b[0]), b[1]), epochs, lr, patience, losses)
+    _train(model, batches, loss, epochs, lr, patience, losses)
     model.train(training)
 
 
@@ -107,7 +109,9 @@ def _train(
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, names: list[str], batch: Inputs) -> list[Call]:
+def _inputs(
+    model: nn.Module, names: list[str], batch: Any, run: Callable[[nn.Module, Any], Any]
+) -> list[Call]:
     """What each named module is called with when the model, in evaluation mode, reads `batch`."""
     kept: dict[str, Call] = {}
 
@@ -122,7 +126,7 @@ def _inputs(model: nn.Module, names: list[str], batch: Inputs) -> list[Call]:
     ]
     training = model.training
     try:
-        _call(model.eval(), batch)
+        run(model.eval(), batch)
     finally:
         model.train(training)
         for handle in handles:
@@ -130,7 +134,8 @@ def _inputs(model: nn.Module, names: list[str], batch: Inputs) -> list[Call]:
     return [kept[name] for name in names]
 
 
-def _call(model: nn.Module, batch: Inputs) -> Any:
+def call_model(model: nn.Module, batch: Inputs) -> Any:
+    """The model on one batch of its input."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)

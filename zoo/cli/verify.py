@@ -9,11 +9,10 @@ from zoo.errors import WeightsError, ZooError
 
 def reproduce(name: str) -> tuple[dict[str, float], dict[str, float]]:
     """The card's test metrics and the ones measured now; speeds (real-time factors) are not among them."""
-    import lightning as L
     from omegaconf import OmegaConf
 
     from tasks.engine.run import build_data, build_task, quiet
-    from zoo.pretrained.weights import load_weights, read_card, resolve
+    from zoo.pretrained.weights import load_weights, read_card, resolve, swap_layers
 
     quiet()
     path = resolve(name)
@@ -23,10 +22,20 @@ def reproduce(name: str) -> tuple[dict[str, float], dict[str, float]]:
     cfg = OmegaConf.create(card["config"])
     data = build_data(cfg)
     task, _ = build_task(cfg, data)
+    swap_layers(task.model, card)
     load_weights(task.model, path)
     recorded, found = (split.get("sha256") or {} for split in (card["data"]["split"], data.split_record()))
     if recorded.get("test") != found.get("test"):
         raise WeightsError(f"the test split of {name} is not the one of its card; the data have changed")
+    return {k: v for k, v in card["metrics"].items() if not k.startswith("rtfx")}, test_metrics(
+        task, data, cfg
+    )
+
+
+def test_metrics(task, data, cfg) -> dict[str, float]:
+    """Metrics of the task's model on the test split."""
+    import lightning as L
+
     L.seed_everything(cfg.seed, verbose=False)
     trainer = L.Trainer(
         accelerator="auto",
@@ -40,8 +49,7 @@ def reproduce(name: str) -> tuple[dict[str, float], dict[str, float]]:
         precision=cfg.trainer.precision,
     )
     trainer.test(task, datamodule=data, verbose=False)
-    now = {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
-    return {k: v for k, v in card["metrics"].items() if not k.startswith("rtfx")}, now
+    return {k.removeprefix("test/"): float(v) for k, v in trainer.callback_metrics.items()}
 
 
 def agrees(card: float, now: float) -> bool:

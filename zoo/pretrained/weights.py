@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zoo.attention.slots import AttentionFactory
+from zoo.conversion import swap
 from zoo.errors import CapabilityError, ConfigError, WeightsError
 from zoo.models.registry import build_model, get_model, split_name
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
@@ -250,9 +251,18 @@ def build_from_card(card: dict[str, Any]) -> nn.Module:
             f"the card names slot {error}, which model {description['name']!r} does not have"
         ) from None
     try:
-        return build_model(description["name"], attention=factories, **description["options"])
+        model = build_model(description["name"], attention=factories, **description["options"])
+        swap_layers(model, card)
+        return model
     except (TypeError, CapabilityError) as error:
         raise WeightsError(f"the card's model cannot be built here: {error}") from None
+
+
+def swap_layers(model: nn.Module, card: dict[str, Any]) -> None:
+    """Put the attention into a fresh model's layers that conversion put into the trained one's."""
+    for change in card.get("swapped", []):
+        for layer in change["layers"]:
+            swap(model, layer, change["attention"], change["options"])
 
 
 def load_model(name: str | Path) -> tuple[nn.Module, dict[str, Any]]:
