@@ -269,7 +269,7 @@ class PinnTask(ZooTask):
 
     def compute_metrics(self, split: str) -> dict[str, float]:
         kept = self.metrics[split]["gathered"].compute()
-        values = scores(self.objective, self.held_out, kept, self.points.at.device)
+        values = scores(self.objective, self.held_out, kept)
         if split == "test":
             self._test_fields = (kept["found"].cpu(), kept["true"].cpu())
         else:

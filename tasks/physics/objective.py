@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -68,6 +69,11 @@ class Objective:
         """Of the weights; it changes from phase to phase."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.model.parameters()).device
+
     def parameters(self) -> list[Tensor]:
         """Weights and unknown coefficients."""
         return [*self.model.parameters(), *self.unknowns.values()]
@@ -91,9 +97,9 @@ class Objective:
         parts = points.split(self.chunk)
         return torch.cat([self.residuals(self.fields(p), p).square().sum(1) for p in parts])
 
-    def misfit(self, c: Condition, device: torch.device | None = None) -> Tensor:
+    def misfit(self, c: Condition) -> Tensor:
         """Network minus prescribed value at a condition's points, [N, F]."""
-        points, values = c.points.to(device), c.values.to(device, self.dtype)
+        points, values = c.points.to(self.device), c.values.to(self.device, self.dtype)
         if all(f in self.problem.fields for f in c.fields):
             d = self.fields(points, self._keys([c.by] if c.by else []))
             return torch.stack([d(f, c.by) for f in c.fields], 1) - values
@@ -101,21 +107,16 @@ class Objective:
         columns = [self.problem.report_fields.index(f) for f in c.fields]
         return self.problem.report(d)[:, columns] - values
 
-    def misfits(self, term: str, device: torch.device | None = None) -> Iterator[Tensor]:
-        """Misfits of the conditions that make up a term."""
-        return (self.misfit(c, device) for c in self.conditions if c.name == term)
-
     # ---------------------------------------------------------------- terms
 
     def pieces(self, term: str, points: CollocationPoints) -> list[Piece]:
         """A term as functions whose sum it is, so that each one's graph can be freed."""
-        device = points.at.device
         if term != "residual":
             chosen = [c for c in self.conditions if c.name == term]
-            return [lambda c=c: self.misfit(c, device).square().sum(1).mean() for c in chosen]
+            return [partial(self._misfit_share, *part) for c in chosen for part in self._cut(c)]
         weights = points.weights().to(self.dtype)
-        points.squares = torch.empty(len(weights), dtype=torch.float64, device=device)
-        count = count_pieces(len(weights), self.chunk, device)
+        points.squares = torch.empty(len(weights), dtype=torch.float64, device=self.device)
+        count = count_pieces(len(weights), self.chunk, self.device)
 
         def piece(at: Tensor, weight: Tensor, squares: Tensor) -> Tensor:
             square = self.squared_residual(at)
@@ -125,12 +126,23 @@ class Objective:
         cut = zip(*(t.tensor_split(count) for t in (points.at, weights, points.squares)), strict=True)
         return [partial(piece, *rows) for rows in cut]
 
+    def _cut(self, c: Condition) -> Iterator[tuple[Condition, int]]:
+        """A condition's points in pieces, each with the number of all points."""
+        count = count_pieces(
+            len(c.points), 4 * self.chunk, self.device
+        )  # values need a fraction of a residual's space
+        for points, values in zip(c.points.tensor_split(count), c.values.tensor_split(count), strict=True):
+            yield replace(c, points=points, values=values), len(c.points)
+
+    def _misfit_share(self, c: Condition, total: int) -> Tensor:
+        return self.misfit(c).square().sum() / total
+
     def backward(self, balance: Mapping[str, Tensor], points: CollocationPoints) -> dict[str, Tensor]:
         """Adds up gradients of the sum of weighted terms, piece by piece; returns the plain terms."""
         work = [(term, piece) for term in self.terms for piece in self.pieces(term, points)]
         weights = {term: balance[term].to(self.dtype) for term in self.terms}
         found = add_gradients([p for _, p in work], self.parameters(), [weights[t] for t, _ in work])
-        values = dict.fromkeys(self.terms, torch.zeros((), dtype=torch.float64, device=points.at.device))
+        values = dict.fromkeys(self.terms, torch.zeros((), dtype=torch.float64, device=self.device))
         for (term, _), value in zip(work, found, strict=True):
             values[term] = values[term] + value.double()
         return values
@@ -154,7 +166,8 @@ class Objective:
             if term == "residual":
                 rows = self.residuals(self.fields(points.at[:most]), points.at[:most])
             else:
-                rows = torch.cat([m[:most].reshape(-1, 1) for m in self.misfits(term, points.at.device)])
+                chosen = [c for c in self.conditions if c.name == term]
+                rows = torch.cat([self.misfit(c)[:most].reshape(-1, 1) for c in chosen])
             signs = torch.randint(0, 2, rows.shape, generator=draw).to(rows) * 2 - 1
             traces.append(self.gradient([(signs * rows).sum]).square().sum() / rows.numel())
         return torch.stack(traces).mean()

@@ -50,23 +50,20 @@ def evaluate(objective: Objective, points: Tensor) -> dict[str, Tensor]:
     return {"points": points} | {n: torch.cat([t.detach().double() for t in c]) for n, c in columns.items()}
 
 
-def scores(
-    objective: Objective, held_out: Sequence[Condition], kept: dict[str, Tensor], device: torch.device
-) -> dict[str, float]:
+def scores(objective: Objective, held_out: Sequence[Condition], kept: dict[str, Tensor]) -> dict[str, float]:
     """Metrics of one split.
 
     Args:
         objective: Network and equation.
         held_out: Conditions at points that training does not see.
         kept: What `Gathered` kept; errors of the fields are given where the reference is among it.
-        device: Where the network is.
     """
     p = objective.problem
     values = {"residual_rms": float(kept["residuals"].square().sum(1).mean().sqrt())}
     with torch.inference_mode(False), torch.set_grad_enabled(objective.method == "reverse"):
         misfits = dict.fromkeys((c.name for c in held_out), 0.0)
         for c in held_out:
-            misfits[c.name] += float(objective.misfit(c, device).detach().square().sum(1).mean())
+            misfits[c.name] += float(objective.misfit(c).detach().square().sum(1).mean())
     values["loss"] = values["residual_rms"] ** 2 + sum(misfits.values())
     values |= {f"{t}_mse": m for t, m in misfits.items()}
     for name, (_, true) in p.unknowns.items():
