@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data import register_data
-from data.detection_files import FileScenes, Record, clean_boxes
+from data.detection_files import FileScenes
+from data.detection_records import Record, clean_boxes
 from data.errors import DataError
 
 

@@ -11,7 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from data import register_data
 from data.base import SPLITS
 from data.detection_base import VOID
-from data.detection_files import FileScenes, Record, image_size_of
+from data.detection_files import FileScenes
+from data.detection_records import Record, image_size_of
 from data.errors import DataError
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

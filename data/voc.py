@@ -11,7 +11,8 @@ import numpy as np
 from data import register_data
 from data.base import SPLITS
 from data.detection_base import VOID
-from data.detection_files import FileScenes, Record, clean_boxes, image_size_of
+from data.detection_files import FileScenes
+from data.detection_records import Record, clean_boxes, image_size_of
 from data.errors import DataError
 from data.png_masks import read_classes
 
