@@ -8,6 +8,7 @@ import zoo
 from zoo.cli.verify import agrees, reproduce
 from zoo.errors import DataError
 from zoo.pretrained import weights
+from zoo.programs import export
 
 PACKAGED = sorted(p.stem for p in (Path(weights.__file__).parent / "weights").glob("*.safetensors"))
 
@@ -71,3 +72,11 @@ def test_verify_goes_on_after_weights_that_cannot_be_verified(tmp_path, capsys, 
     assert "NOT VERIFIED" in lines[0] and "holds no configuration" in lines[0]
     assert [line.endswith("DIFFERS") for line in lines[1:]] == [False, False, False, True]
     assert verify.main(["good"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in PACKAGED if "_mala." in n])
+def test_attention_beyond_softmax_is_exported(name, tmp_path):
+    """Every task is exported with softmax in test_export.py."""
+    done = export(name, tmp_path / f"{name}.onnx", format="onnx", tolerance=1e-4)
+    assert done and all(item.path.exists() and item.difference <= 1e-4 for item in done)
