@@ -156,6 +156,12 @@ def _hydra_text(error: BaseException) -> str:
     missing = re.search(r"Could not find '([\w@]+)/([^']+)'", text)
     if missing:
         group, name = missing[1].split("@")[0], missing[2]
+        if (group, name.split("/")[0]) == ("hydra", "launcher"):
+            plugin = name.split("/")[-1].split("_")[0]
+            return (
+                f"launcher={plugin} needs a plugin of Hydra's: pip install hydra-{plugin}-launcher; without launcher= the jobs run "
+                "one after the other"
+            )
         near = closest(name, choices(group))
         hint = (
             f"did you mean {' or '.join(map(repr, near))}?"

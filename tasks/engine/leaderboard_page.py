@@ -19,16 +19,17 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-td.text, th.text { text-align: left; white-space: normal; min-width: 17rem; }
+td.line, th.text, td.text { text-align: left; } td.text { white-space: normal; min-width: min(17rem, 60vw); }
 th button { font: inherit; font-weight: 600; background: none; border: 0; color: inherit; cursor: pointer; padding: 0; }
 th button:focus-visible, input:focus-visible, select:focus-visible, .scroll:focus-visible { outline: 2px solid #2a6fd6; outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
 tr.baseline td { opacity: .7; font-style: italic; } td.best { background: var(--best); font-weight: 600; }
 input[type=search], select { font: inherit; padding: .3rem .5rem; max-width: 100%; } form { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; }
-.note { opacity: .8; max-width: 60rem; } td.none { opacity: .7; } code { overflow-wrap: anywhere; } img { max-width: 100%; height: auto; background: #fff; }
+.note { opacity: .8; max-width: 60rem; } ul.note { list-style: none; padding: 0; } td.none { opacity: .7; } code, li { overflow-wrap: anywhere; }
+img { width: 100%; min-width: 40rem; max-width: 60rem; height: auto; background: #fff; }
 """
 
-SCRIPT = """
+SCRIPT = r"""
 for (const table of document.querySelectorAll('table.sortable')) {
   table.tHead.addEventListener('click', event => {
     const head = event.target.closest('th');
@@ -50,7 +51,8 @@ const form = document.querySelector('form');
 form.addEventListener('input', () => {
   const wanted = form.words.value.toLowerCase().split(/[ ,]+/).filter(Boolean);
   for (const row of document.querySelectorAll('tbody tr')) {
-    const unwanted = wanted.length > 0 && !wanted.some(w => row.textContent.toLowerCase().includes(w));
+    const words = [...row.cells].map(cell => cell.textContent).join(' ').toLowerCase().split(/[^\w.]+/);
+    const unwanted = wanted.length > 0 && !wanted.some(w => words.some(word => word.startsWith(w)));
     row.hidden = unwanted || (form.baselines.checked && row.classList.contains('baseline')) ||
       (form.front.checked && 'front' in row.dataset && !row.dataset.front);
   }
@@ -59,6 +61,8 @@ form.addEventListener('input', () => {
 });
 form.addEventListener('submit', event => event.preventDefault());
 """
+
+LEFT = ("slots", "protocol", "reason")  # columns of words
 
 COST = {
     "parameters": ("parameters", 1, 0),
@@ -98,9 +102,8 @@ def page(
     if figure is not None and figure.exists():
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append("<h2>Quality against cost</h2>")
-        parts.append(
-            f'<img alt="Test metric against FLOPs for every task" src="data:image/png;base64,{data}">'
-        )
+        image = f'<img alt="Test metric against FLOPs for every task" src="data:image/png;base64,{data}">'
+        parts.append(f'<div class="scroll" tabindex="0">{image}</div>')
     if failures:
         parts.append("<h2>Without result</h2>" + _failures(failures))
     if results:
@@ -169,7 +172,10 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def _table(heads: list[str], body: list[str]) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{escape(h)}</button></th>' for h in heads)
+    head = "".join(
+        f'<th scope="col"{" class=text" if h in LEFT else ""}><button type="button">{escape(h)}</button></th>'
+        for h in heads
+    )
     return (
         '<div class="scroll" tabindex="0"><table class="sortable">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -177,22 +183,15 @@ def _table(heads: list[str], body: list[str]) -> str:
 
 
 def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    metrics = list(runs[0]["test"])
     monitor = rows[0]["monitor"]
-    heads = [
-        "attention",
-        "model",
-        "seeds",
-        *metrics,
-        *(label for label, _, _ in COST.values()),
-        "front",
-        "slots",
-        "protocol",
-    ]
+    # What decides the order stands first, where a phone shows it.
+    metrics = sorted(runs[0]["test"], key=lambda m: m != monitor)
+    costs = [label for label, _, _ in COST.values()]
+    heads = ["attention", *metrics, *costs, "front", "seeds", "model", *LEFT[:2]]
     cheap = _front(rows, monitor)
     body = []
     for place, row in enumerate(rows):
-        cells = [_cell(row["attention"]), _cell(row["model"]), _cell(row["seeds"])]
+        cells = [_cell(row["attention"])]
         for metric in metrics:
             best = ' class="best"' if place == 0 and metric == monitor else ""
             cells.append(_number(row.get(metric), row.get(f"{metric}_ci95"), best))
@@ -203,19 +202,14 @@ def _task(task: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> 
                 if value is None
                 else f'<td data-value="{value}">{value * factor:,.{digits}f}</td>'
             )
-        cells.append(_cell("yes" if place in cheap else ""))
-        cells.append(f'<td class="text">{escape(row["slots"])}</td>')
+        cells += [_cell("yes" if place in cheap else ""), _cell(row["seeds"]), _cell(row["model"])]
+        cells.append(f'<td class="line">{escape(row["slots"])}</td>')
         detail = "; ".join(filter(None, (row["protocol_detail"], row["search"])))
-        cells.append(f'<td class="text">{escape(detail)}</td>')
+        cells.append(f'<td class="line">{escape(detail)}</td>')
         body.append(f'<tr data-front="{"yes" if place in cheap else ""}">{"".join(cells)}</tr>')
     for name, scores in runs[0].get("baselines", {}).items():
-        cells = [
-            _cell(name),
-            _cell("baseline"),
-            "<td></td>",
-            *(_number(scores.get(m), None, "") for m in metrics),
-        ]
-        body.append(f'<tr class="baseline">{"".join(cells)}{"<td></td>" * (len(COST) + 3)}</tr>')
+        cells = [_cell(f"{name} (baseline)"), *(_number(scores.get(m), None, "") for m in metrics)]
+        body.append(f'<tr class="baseline">{"".join(cells)}{"<td></td>" * (len(COST) + 5)}</tr>')
     direction = "higher" if higher_is_better(monitor) else "lower"
     note = f"Ordered by {escape(monitor)}, {direction} is better. Protocol: {escape(str(rows[0]['protocol']))}. Front: no row with fewer FLOPs is as good."
     return (
@@ -232,12 +226,15 @@ def _front(rows: list[dict[str, Any]], monitor: str) -> set[int]:
 
 
 def _failures(failures: list[dict[str, Any]]) -> str:
-    rows = "".join(
-        f"<tr>{_cell(f['task'])}{_cell(f['attention'])}{_cell(f['seed'])}<td class='text'>{escape(f['reason'])}</td></tr>"
-        for f in failures
-    )
-    heads = "".join(f'<th scope="col">{h}</th>' for h in ("task", "attention", "seed", "reason"))
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    """One row for all seeds that failed alike."""
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for f in failures:
+        seeds.setdefault((f["task"], f["attention"], f["reason"]), []).append(str(f["seed"]))
+    body = [
+        f"<tr>{_cell(task)}{_cell(attention)}{_cell(', '.join(dict.fromkeys(own)))}<td class='text'>{escape(reason)}</td></tr>"
+        for (task, attention, reason), own in seeds.items()
+    ]
+    return _table(["task", "attention", "seeds", "reason"], body)
 
 
 def _cell(value: Any) -> str:

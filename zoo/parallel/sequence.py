@@ -13,6 +13,7 @@ which travels beside its state. Parts may differ in length for all but softmax.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,13 +55,9 @@ def linear_attention(
     Returns:
         [B, H, N, E].
     """
-    state = _incoming(feature, k, v, key_mask, causal, group, want_v=False)
-    q = linear.apply_feature(feature, q)
-    if not causal:
-        return linear.linear_read(q, state, normalize=normalize, eps=eps)
-    k = linear.apply_feature(feature, k, side="k", key_mask=key_mask)
-    options = {"feature": "identity", "key_mask": key_mask, "causal": True, "normalize": normalize}
-    return linear.linear_attention(q, k, v, eps=eps, initial_state=state, **options)
+    place = {"feature": feature, "key_mask": key_mask, "causal": causal, "group": group}
+    options = {"normalize": normalize, "eps": eps}
+    return _by_state(linear.linear_attention, linear.linear_read, q, k, v, **place, options=options)
 
 
 def mala(
@@ -76,37 +73,42 @@ def mala(
     group: Group = None,
 ) -> Tensor:
     """`kernels.linear.mala` over all processes' keys; arguments as in `linear_attention`."""
-    state = _incoming(feature, k, v, key_mask, causal, group, want_v=True)
-    q = linear.apply_feature(feature, q)
-    if not causal:
-        return linear.mala_read(q, state, key_norm=key_norm, eps=eps)
-    k = linear.apply_feature(feature, k, side="k", key_mask=key_mask)
-    options = {"feature": "identity", "key_mask": key_mask, "causal": True, "key_norm": key_norm}
-    return linear.mala(q, k, v, eps=eps, initial_state=state, **options)
+    place = {"feature": feature, "key_mask": key_mask, "causal": causal, "group": group}
+    options = {"key_norm": key_norm, "eps": eps}
+    return _by_state(linear.mala, linear.mala_read, q, k, v, **place, options=options)
 
 
-def _incoming(
-    feature: Any,
+def _by_state(
+    scan: Callable[..., Tensor],
+    read: Callable[..., Tensor],
+    q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
+    feature: Any,
     key_mask: Tensor | None,
     causal: bool,
     group: Group,
-    want_v: bool,
-) -> linear.LinearState:
-    """The state of all processes, or of those before this one."""
+    options: dict[str, Any],
+) -> Tensor:
+    """Read the state of all processes; or scan the own part, starting from the state of those before it."""
     if feature == "softmax":
         raise NotImplementedError(
             "sequence parallelism has no feature 'softmax', which normalises keys over all positions; use elu1, relu or exp"
         )
     phi_k = linear.apply_feature(feature, k, side="k", key_mask=key_mask)
     own = linear.global_state(phi_k, v, key_mask, want_v=True)
-    if causal and not want_v:
+    if causal and scan is linear.linear_attention:  # which has no use for it
         own = own._replace(vsum=None)
     fields = {name: t for name, t in own._asdict().items() if t is not None}
     parts = _gather(list(fields.values()), group)
     until = dist.get_rank(group) if causal else dist.get_world_size(group)
-    return own._replace(**{name: part[:until].sum(0) for name, part in zip(fields, parts, strict=True)})
+    state = own._replace(**{name: part[:until].sum(0) for name, part in zip(fields, parts, strict=True)})
+    q = linear.apply_feature(feature, q)
+    if not causal:
+        return read(q, state, **options)
+    rest = {"feature": "identity", "key_mask": key_mask, "causal": True}
+    return scan(q, phi_k, v, initial_state=state, **rest, **options)
 
 
 def decay_scan(
@@ -137,18 +139,15 @@ def decay_scan(
         raise NotImplementedError(f"sequence parallelism has no normalizer {normalizer!r}; use none or denom")
     options = {"log_g": log_g, "normalizer": normalizer, "key_mask": key_mask}
     own = decay.decay_state(k, v, **options).kv
-    rank = dist.get_rank(group)
     if log_g is None:
         (states,) = _gather([own], group)
-        start = states[:rank].sum(0)
+        start = _carried(states, lambda part, state: state, group)
     else:
         total = log_g if key_mask is None else log_g.masked_fill(~_over_heads(key_mask, log_g), 0.0)
         total = total.to(own.dtype).sum(2)  # [B, H] or [B, H, D]
         states, totals = _gather([own, total], group)
-        start = _nothing(states)
-        for state, passed in zip(states[:rank], totals[:rank], strict=True):
-            factor = passed.exp()
-            start = start * (factor[..., None, None] if factor.dim() == 2 else factor[..., None]) + state
+        factors = totals.exp().reshape(*totals.shape[:3], -1, 1)  # [W, B, H, 1 or D, 1]
+        start = _carried(states, lambda part, state: factors[part] * state, group)
     return decay.decay_scan(q, k, v, initial_state=decay.DecayState(start), **options)
 
 
@@ -177,7 +176,7 @@ def delta_scan(
         [B, H, N, E].
     """
     options = {"log_g": log_g, "key_mask": key_mask}
-    width, rank = k.shape[-1], dist.get_rank(group)
+    width = k.shape[-1]
     # Values beside zeros, started from nothing beside the identity: the last columns become the transition.
     wide = torch.cat((v, v.new_zeros(*v.shape[:3], width)), -1)
     work = work_dtype(v.dtype)
@@ -185,10 +184,8 @@ def delta_scan(
     unit = torch.eye(width, dtype=work, device=k.device).expand(*k.shape[:2], width, width)
     last = delta.delta_state(k, wide, beta, initial_state=torch.cat((empty, unit), -1), **options)
     (parts,) = _gather([last], group)
-    start = _nothing(parts)[..., : v.shape[-1]]
-    for part in parts[:rank]:
-        state, transition = part.split((v.shape[-1], width), -1)
-        start = transition @ start + state
+    states, transitions = parts.split((v.shape[-1], width), -1)
+    start = _carried(states, lambda part, state: transitions[part] @ state, group)
     return delta.delta_scan(q, k, v, beta, initial_state=start, **options)
 
 
@@ -241,9 +238,19 @@ def softmax_attention(
     )
 
 
-def _nothing(parts: Tensor) -> Tensor:
-    """Zeros that hang on what was gathered: the first process, too, has to take part in the backward collective."""
-    return parts[:0].sum(0)
+def _carried(states: Tensor, onward: Callable[[int, Tensor], Tensor], group: Group) -> Tensor:
+    """The state that reaches this process: every part before it lets through what came and adds its own.
+
+    Args:
+        states: What each part makes of nothing, [W, ...].
+        onward: What a part, by number, lets through of a state.
+        group: Process group.
+    """
+    # Zeros that hang on what was gathered: the first process, too, has to take part in the backward collective.
+    start = states[:0].sum(0)
+    for part in range(dist.get_rank(group)):
+        start = onward(part, start) + states[part]
+    return start
 
 
 def _join(parts: Tensor) -> Tensor:
