@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.engine.build import plain
@@ -25,9 +26,15 @@ def smaller_batch(cfg: DictConfig, folder: Path, error: BaseException) -> DictCo
     """The configuration with half the batch and the same samples per optimiser step; notes it in the run folder.
 
     Raises:
-        ZooError: The batch cannot be halved.
+        ZooError: The batch cannot be halved, or other processes wait in the middle of a step.
     """
     size = OmegaConf.select(cfg, "data.batch_size")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ZooError(
+            f"out of memory in process {torch.distributed.get_rank()} of {torch.distributed.get_world_size()} with "
+            f"data.batch_size={size}; start again with half of it and twice trainer.accumulate_grad_batches. Cause: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not size or size % 2:
         raise ZooError(
             f"out of memory with data.batch_size={size}, which cannot be halved further; make the model smaller or "

@@ -85,6 +85,49 @@ def test_memory_that_is_never_enough_is_said(tmp_path, monkeypatch, capsys):
     assert "out of memory with data.batch_size=3, which cannot be halved" in capsys.readouterr().err
 
 
+def test_memory_that_runs_out_in_one_of_many_processes_is_said(tmp_path):
+    """The others wait inside a step: no batch is halved behind their backs."""
+    import torch.distributed as dist
+    from omegaconf import OmegaConf
+
+    from tasks.engine.memory import RECORD, smaller_batch
+    from zoo.errors import ZooError
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ZooError, match="process 0 of 1 with data.batch_size=8; start again with half"):
+            smaller_batch(OmegaConf.create({"data": {"batch_size": 8}}), tmp_path, MemoryError("no more"))
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / RECORD).exists()
+
+
+@pytest.mark.parametrize("launcher", ["submitit", "ray"])
+def test_a_launcher_without_its_plugin_names_it(launcher, tmp_path, capsys):
+    import importlib.util
+
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher"):
+        pytest.skip("the plugin is installed")
+    assert run("-m", f"launcher={launcher}", f"hydra.sweep.dir={tmp_path}") == 2
+    err = capsys.readouterr().err
+    assert f"launcher={launcher} needs a plugin of Hydra's: pip install hydra-{launcher}-launcher" in err
+
+
+def test_the_slurm_launcher_takes_our_options():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra import compose, initialize_config_dir
+
+    import train  # registers the resolver
+
+    assert train
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["launcher=submitit"], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.max_num_timeout == 3
+    assert launcher.timeout_min == 240 and launcher.gpus_per_node == 1 and launcher.cpus_per_task == 8
+
+
 def test_a_dead_worker_is_named(tmp_path, monkeypatch, capsys):
     from data.base import SplitDataset
 

@@ -155,9 +155,12 @@ def test_a_killed_run_resumes_on_the_same_curve(tmp_path, capsys):
     process = launch(cut, *arguments)
     while not (cut / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    assert not (cut / "result.json").exists(), "killed too late to test anything"
+    status, err = run(*SMALL, *arguments, f"hydra.run.dir={cut}", capsys=capsys)
+    assert status == 2 and "another run is writing" in err, "two processes in one folder"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (cut / "result.json").exists(), "killed too late to test anything"
     assert run(f"resume={cut}")[0] == 0
     assert rows(cut) == rows(whole)
     assert rows(cut, "valid/accuracy") == rows(whole, "valid/accuracy")
