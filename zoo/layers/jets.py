@@ -280,11 +280,11 @@ class _Wave(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
         wave, slope, w = ctx.saved_tensors
-        flat = g.reshape(-1)
-        along, across = flat.dot(wave.reshape(-1)), flat.dot(slope.reshape(-1))
-        # sin = (w0 y - w1 z) / |w|^2 and cos = (w1 y + w0 z) / |w|^2 spare two stacks of channels.
+        gx = ctx.ring.transposed(g, slope)
+        # <g, slope> is the sum of gx[0]; sin = (w0 y - w1 z) / |w|^2, cos = (w1 y + w0 z) / |w|^2 spare two stacks.
+        along, across = g.reshape(-1).dot(wave.reshape(-1)), gx[0].sum()
         gw = torch.stack((w[0] * along - w[1] * across, w[1] * along + w[0] * across)) / (w * w).sum()
-        return ctx.ring.transposed(g, slope), gw, None
+        return gx, gw, None
 
 
 def _cycle(value: Tensor, slope: Tensor, degree: int) -> list[Tensor]:
