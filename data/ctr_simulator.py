@@ -42,7 +42,7 @@ class ClickSimulator(ClickData):
     def __init__(
         self,
         *,
-        users: int = 5000,
+        users: int = 15_000,
         items: int = 1000,
         categories: int = 40,
         behaviours: int = 100,

@@ -54,6 +54,9 @@ class ClickThrough(ZooTask):
         gauc_weights: What weighs a user in the mean AUC: "impressions" or "clicks"; users with one class are left out.
         auxiliary_loss_weight: Factor on the loss of a model's search stage (dare), >= 0.
         table_weight_decay: Decay of embedding tables, >= 0; `weight_decay` is that of matrices.
+        search_weight_decay: The same of tables that only attention reads (dare), >= 0: scores are products of their
+            rows, so decay flattens the softmax, and a narrow table's the most.
+        search_lr_factor: Rate of those tables over that of the others, > 0.
         truth_k: Depth at which the search is compared with the true relevance, where the data know it.
         common: Those of `ZooTask`.
     """
@@ -70,19 +73,25 @@ class ClickThrough(ZooTask):
         gauc_weights: str = "impressions",
         auxiliary_loss_weight: float = 1.0,
         table_weight_decay: float = 0.0,
+        search_weight_decay: float = 0.0,
+        search_lr_factor: float = 2.0,
         truth_k: int = 20,
         **common: Any,
     ) -> None:
         if gauc_weights not in WEIGHTS:
             raise unknown("task.gauc_weights", str(gauc_weights), WEIGHTS)
-        if auxiliary_loss_weight < 0 or table_weight_decay < 0 or truth_k < 1:
+        if min(auxiliary_loss_weight, table_weight_decay, search_weight_decay) < 0 or truth_k < 1:
             raise ConfigError(
-                f"task.auxiliary_loss_weight={auxiliary_loss_weight} and task.table_weight_decay="
-                f"{table_weight_decay} must not be negative, task.truth_k={truth_k} must be at least 1"
+                f"task.auxiliary_loss_weight={auxiliary_loss_weight}, task.table_weight_decay={table_weight_decay} and "
+                f"task.search_weight_decay={search_weight_decay} must not be negative, task.truth_k={truth_k} must be "
+                "at least 1"
             )
+        if search_lr_factor <= 0:
+            raise ConfigError(f"task.search_lr_factor={search_lr_factor} must be positive")
         self.gauc_weights = gauc_weights
         super().__init__(model, data, **common)
         self.auxiliary_loss_weight, self.table_weight_decay = auxiliary_loss_weight, table_weight_decay
+        self.search_weight_decay, self.search_lr_factor = search_weight_decay, search_lr_factor
         self.truth_k = truth_k
         self._kept: dict[str, list[Tensor]] = {"score": [], "truth": [], "logit": [], "label": []}
 
@@ -129,21 +138,27 @@ class ClickThrough(ZooTask):
         return terms
 
     def configure_optimizers(self) -> Any:
+        """Tables apart from the rest, and those of attention apart from those of representation."""
         out = super().configure_optimizers()
-        if self.table_weight_decay:
-            tables = {
-                id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-            }
-            for group in out["optimizer"].param_groups[:]:
-                mine = [p for p in group["params"] if id(p) in tables]
-                if mine:
-                    group["params"] = [p for p in group["params"] if id(p) not in tables]
-                    rest = {k: v for k, v in group.items() if k != "params"}
-                    out["optimizer"].add_param_group(
-                        {**rest, "params": mine, "weight_decay": self.table_weight_decay}
-                    )
-            schedule = out["lr_scheduler"]["scheduler"].lr_lambdas[0]
-            out["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.LambdaLR(out["optimizer"], schedule)
+        optimizer, schedule = out["optimizer"], out["lr_scheduler"]["scheduler"].lr_lambdas[0]
+        own = self.model.compare is not self.model.represent
+        search = list(self.model.compare.parameters()) if own else []
+        seen = {id(p) for p in search}
+        others = [p for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+        others = [p for p in others if id(p) not in seen]
+        seen |= {id(p) for p in others}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in seen]
+        for params, factor, decay in (
+            (others, 1.0, self.table_weight_decay),
+            (search, self.search_lr_factor, self.search_weight_decay),
+        ):
+            if params:
+                lr = self.lr * factor
+                optimizer.add_param_group(
+                    {"params": params, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+                )
+        out["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return out
 
     # ---------------------------------------------------------------- evaluation

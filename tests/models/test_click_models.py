@@ -6,7 +6,7 @@ import torch
 from zoo.attention import list_attention
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError, ZooError
-from zoo.models._ctr import LONG
+from zoo.models._ctr_tables import LONG
 from zoo.models.registry import build_model, model_slots
 
 MODELS = ("dare", "din", "sim", "eta", "twin", "sdim")

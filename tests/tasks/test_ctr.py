@@ -172,14 +172,21 @@ def test_log_errors_name_the_way_out(taobao: Path) -> None:
         create_data("clicks", path=str(taobao), min_history=90).setup()
 
 
-def test_table_decay_moves_tables_to_a_group_of_their_own(simulated) -> None:
-    task = make(simulated, task_options={"table_weight_decay": 0.5, "schedule": "constant"})
+@pytest.mark.parametrize("name", ["dare", "din"])
+def test_tables_have_groups_of_their_own(simulated, name) -> None:
+    options = {"table_weight_decay": 0.5, "search_weight_decay": 0.25, "search_lr_factor": 3.0}
+    task = make(simulated, name, task_options={**options, "schedule": "constant", "warmup_fraction": 0.0})
     task.total_steps = lambda: 10
     groups = task.configure_optimizers()["optimizer"].param_groups
     tables = {
         id(p) for m in task.model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()
     }
-    assert {id(p) for g in groups if g["weight_decay"] == 0.5 for p in g["params"]} == tables
+    search = {id(p) for p in task.model.compare.parameters()} if name == "dare" else set()
+    found = {g["weight_decay"]: {id(p) for p in g["params"]} for g in groups}
+    assert found[0.5] == tables - search
+    assert found.get(0.25, set()) == search
+    assert {g["lr"] / task.lr for g in groups if g["weight_decay"] == 0.25} == ({3.0} if search else set())
+    assert {g["lr"] for g in groups if g["weight_decay"] != 0.25} == {task.lr}
     assert sum(len(g["params"]) for g in groups) == len(list(task.model.parameters()))
 
 
@@ -188,3 +195,5 @@ def test_wrong_settings_name_the_rule(simulated) -> None:
         make(simulated, task_options={"gauc_weights": "click"})
     with pytest.raises(ConfigError, match="truth_k=0"):
         make(simulated, task_options={"truth_k": 0})
+    with pytest.raises(ConfigError, match="search_lr_factor=0"):
+        make(simulated, task_options={"search_lr_factor": 0})

@@ -1,4 +1,4 @@
-"""What click models share: tables of events, search, target attention without projections, the click head.
+"""What click models share: search, target attention without projections, the click head.
 
 Letters: B batch, M behaviours, K selected behaviours, W width of an event. Item and category numbers run from 1; 0 is
 padding, on the left. The age of a behaviour counts from 1 for the latest; 0 is the candidate itself.
@@ -11,66 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
-
-AGES = 512  # ages up to here have a row of their own; older ones share rows by their logarithm
-LONG = 2**15  # elements of a history from which on it is worth a call of its own
-
-
-class EventTables(nn.Module):
-    """Embeddings of item, category and age side by side.
-
-    Args:
-        num_items: Items in the catalogue.
-        num_categories: Categories.
-        width: Width of each of the three; an event is 3 * width wide.
-    """
-
-    def __init__(self, num_items: int, num_categories: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.item = nn.Embedding(num_items + 1, width, padding_idx=0)
-        self.category = nn.Embedding(num_categories + 1, width, padding_idx=0)
-        self.age = nn.Embedding(AGES + 32, width)
-        for table in (self.item, self.category, self.age):
-            nn.init.normal_(table.weight, std=0.1)
-        with torch.no_grad():
-            self.item.weight[0].zero_()
-            self.category.weight[0].zero_()
-
-    def forward(self, items: Tensor, categories: Tensor, ages: Tensor) -> Tensor:
-        """Item and category numbers [...], ages broadcastable to them -> [..., 3 * width]."""
-        age = self.age(_age_row(ages)).expand(*items.shape, -1)
-        return torch.cat((self.item(items), self.category(categories), age), -1)
-
-    def inner(self, query: Tensor, items: Tensor, categories: Tensor, ages: Tensor) -> Tensor:
-        """Inner products of queries [B, 3 * width] with behaviours [B, M], ages [1, M], none of which is embedded whole.
-
-        Categories and ages are few: their products are taken once per row of the table and then looked up.
-        """
-        by_item, by_category, by_age = query.split(self.width, 1)
-        out = _row_products(self.item.weight, items, by_item)
-        out += (by_category @ self.category.weight.T).gather(1, categories)
-        return out.add_((by_age @ self.age.weight.T).index_select(1, _age_row(ages[0])))
-
-
-def _row_products(table: Tensor, index: Tensor, query: Tensor) -> Tensor:
-    """`table[index[b, m]] . query[b]`, [I, W], [B, M] and [B, W] -> [B, M]."""
-    on_cpu = table.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if on_cpu and index.shape[1] * table.shape[1] >= LONG:
-        # One candidate at a time: the rows picked are multiplied while they are still in the core's cache.
-        return torch.stack([F.embedding(i, table) @ q for i, q in zip(index, query, strict=True)])
-    return torch.bmm(F.embedding(index, table), query[:, :, None])[..., 0]
-
-
-def _age_row(ages: Tensor) -> Tensor:
-    over = (ages.clamp_min(1).float() / AGES).log2().clamp(0.0, 15.5) * 2
-    return torch.where(ages < AGES, ages, AGES + over.long())
+from zoo.models._ctr_tables import EventTables
 
 
 class TargetAttention(nn.Module):
@@ -215,7 +161,13 @@ class ClickModel(nn.Module):
         self.num_items, self.max_length, self.top_k = num_items, max_length, top_k
         self.represent = EventTables(num_items, num_categories, width)
         own = attention_width is not None
-        self.compare = EventTables(num_items, num_categories, attention_width) if own else self.represent
+        # At spread 1, as in DARE's code, a candidate attends to its category from the first step on. Items begin small,
+        # other than there: so many random products would be noise to unlearn, and the more the narrower the table.
+        self.compare = (
+            EventTables(num_items, num_categories, attention_width, category_std=1.0)
+            if own
+            else self.represent
+        )
         self.target = TargetAttention(
             attention["target"],
             3 * self.compare.width,
