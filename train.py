@@ -46,12 +46,12 @@ def main(cfg: DictConfig) -> float | None:
 def entry() -> int:
     if "--list" in sys.argv:
         return list_names(sys.argv[sys.argv.index("--list") + 1 :])
-    status = 0
+    status, trouble = 0, None
     try:
         main()
     except BaseException as error:
-        status = explain(error)
-    return sweep_status(status)
+        status, trouble = explain(error), error
+    return sweep_status(status, trouble)
 
 
 if __name__ == "__main__":

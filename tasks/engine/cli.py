@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.errors import ConfigError, ZooError, closest
+from zoo.errors import CapabilityError, ConfigError, ZooError, closest
 
 CONF = Path(__file__).parents[2] / "conf"
 AUTO = "auto"  # resume=auto
@@ -29,21 +29,30 @@ class RememberSweep(Callback):
         RememberSweep.folder = Path(config.hydra.sweep.dir)
 
 
-def sweep_status(status: int) -> int:
-    """Print how a sweep went; the exit status, non-zero if any job failed. Outside sweeps `status` as it is."""
+def sweep_status(status: int, error: BaseException | None) -> int:
+    """Print how a sweep went; the exit status, non-zero if any job failed. Outside sweeps `status` as it is.
+
+    A variant that a task's slots refuse is an answer, with its reason in the leaderboard, and no failure.
+    """
     folder, RememberSweep.folder = RememberSweep.folder, None
     if folder is None or not folder.is_dir():
         return status
     from tasks.engine.leaderboard import collect
 
-    results, failures = collect([folder])
-    print(f"sweep {folder}: {len(results)} jobs done, {len(failures)} failed", file=sys.stderr)
-    for failure in failures:
-        place = Path(failure["folder"]).name
-        print(f"  {place}: {failure['kind']}: {failure['reason']}", file=sys.stderr)
-    if failures or status:
-        print(f"go on with the same command and: hydra.sweep.dir={folder} resume=auto", file=sys.stderr)
-    return status or int(bool(failures))
+    results, missing = collect([folder])
+    refused = [m for m in missing if m["kind"] == CapabilityError.__name__]
+    failed = [m for m in missing if m not in refused]
+    counts = f"{len(results)} jobs done, {len(refused)} refused, {len(failed)} failed"
+    print(f"sweep {folder}: {counts}", file=sys.stderr)
+    reasons: dict[str, list[str]] = {}
+    for job in missing:
+        reasons.setdefault(f"{job['kind']}: {job['reason']}", []).append(Path(job["folder"]).name)
+    for reason, places in reasons.items():
+        print(f"  {', '.join(places)}: {reason}", file=sys.stderr)
+    if not failed and isinstance(error, CapabilityError | None):
+        return 0
+    print(f"go on with the same command and: hydra.sweep.dir={folder} resume=auto", file=sys.stderr)
+    return status or 1
 
 
 def run_folder(resume: str | None, fresh: str) -> str:

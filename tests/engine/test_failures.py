@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["data=digits", "model.patch_size=4", "model.dim=16", "model.num_heads=2", "model.depth=1"]
 
 
-def run(*overrides):
+def run(*overrides, model=SMALL):
     sys.path.insert(0, str(ROOT))
     import train
 
     GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, ["train.py", *overrides, *SMALL, "callbacks.progress=none"]
+    argv, sys.argv = sys.argv, ["train.py", *overrides, *model, "callbacks.progress=none"]
     try:
         return train.entry()
     finally:
@@ -168,6 +168,14 @@ def test_search_gives_every_trial_the_same_budget_and_reads_what_it_has(tmp_path
     assert [t.stat().st_mtime_ns for t in trials] == before, "trials were repeated"
 
 
+def test_a_refused_variant_is_no_failed_job(tmp_path, capsys):
+    sweep = ["-m", "attention=softmax,nsa", "task=traffic", f"hydra.sweep.dir={tmp_path}"]
+    assert run(*sweep, model=["data=road_network", "model.patch_steps=6", "trainer.max_epochs=1"]) == 0
+    said = capsys.readouterr().err
+    assert "1 jobs done, 1 refused, 0 failed" in said and "depends on the order" in said
+    assert "no result" in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, capsys):
     sweep = [
         "-m",
@@ -181,7 +189,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, capsys):
     stamp = (tmp_path / "none" / "weights.safetensors").stat().st_mtime_ns
     (tmp_path / "softmax" / "result.json").unlink()
     assert run(*sweep) == 0
-    assert "2 jobs done, 0 failed" in capsys.readouterr().err
+    assert "2 jobs done, 0 refused, 0 failed" in capsys.readouterr().err
     assert (tmp_path / "none" / "weights.safetensors").stat().st_mtime_ns == stamp, "a finished job ran again"
     assert run(*sweep, "model.dropout=0.1") == 2
     assert "holds a run with another configuration (model differ)" in capsys.readouterr().err
@@ -220,7 +228,7 @@ def test_jobs_side_by_side_leave_one_whole_table(tmp_path, capfd):
         f"hydra.sweep.dir={tmp_path}",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 1 and "2 jobs done, 2 failed" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 1 and "2 jobs done, 0 refused, 2 failed" in done.stderr, done.stderr[-2000:]
     with open(tmp_path / "leaderboard.csv", newline="") as file:
         assert {row["attention"] for row in csv.DictReader(file)} == {"none", "softmax"}
     assert (tmp_path / "leaderboard.md").read_text().count("not in bounds") >= 2
