@@ -179,7 +179,7 @@ def test_activation_unit_of_din_is_not_a_softmax() -> None:
 
 
 @pytest.mark.parametrize("attention", list_attention())
-@pytest.mark.parametrize("name", ["dare", "din"])
+@pytest.mark.parametrize("name", ["dare", "din", "twin", "sdim"])
 def test_every_attention_trains_or_says_why_not(name: str, attention: str) -> None:
     try:
         model = make(name, attention).train()

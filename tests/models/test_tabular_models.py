@@ -150,8 +150,8 @@ def test_zero_attention_and_mlp_leave_the_class_token():
 
 
 @pytest.mark.parametrize("attention", list_attention())
-@pytest.mark.parametrize("name", ["ft_transformer", "tabnsa"])
-def test_every_variant_fits_or_says_why_not(name, attention):
+@pytest.mark.parametrize("name", ["ft_transformer", "tabnsa", "multitab"])
+def test_every_variant_trains_or_says_why_not(name, attention):
     try:
         model = create_model(name, attention=attention, **{**SIZES, **SMALL[name]})
     except (CapabilityError, ConfigError) as error:

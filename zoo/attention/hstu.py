@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,7 +68,12 @@ class HstuAttention(Attention):
         grid: Grid | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        weights = F.silu(scaled_scores(q, k, bias))
+        scores = scaled_scores(q, k, bias)
+        if (
+            bias is not None
+        ):  # -inf hides a key: its weight is SiLU's limit 0, which SiLU itself computes as -inf * 0
+            scores = scores.masked_fill(scores == -torch.inf, 0.0)
+        weights = F.silu(scores)
         seen = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
         weights = weights.masked_fill(~seen, 0.0)
         if self.length is not None:
