@@ -52,12 +52,12 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule, sca
 
 def fwd(q, k, v, key_mask, rule, scale) -> tuple[Tensor, Tensor]:
     problem, lists = _prepare(q, k, v, key_mask, rule, scale)
-    return softmax.fwd(problem, lists)
+    return softmax.fwd(problem, lists)[:2]
 
 
 def bwd(q, k, v, key_mask, rule, scale, lse, do, delta) -> tuple[Tensor, Tensor, Tensor]:
     problem, lists = _prepare(q, k, v, key_mask, rule, scale)
-    return tuple(softmax.bwd(problem, lse, do, delta, False, lists)[:3])
+    return tuple(softmax.bwd(problem, lse, do, delta, False, sparse=lists)[:3])
 
 
 # name: rule, keys that a query sees at the gate's length; one axis and the prefix rule are simpler than these

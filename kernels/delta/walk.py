@@ -108,6 +108,8 @@ def walk(
     Returns:
         x [B, H, C, T, E], the states before each chunk [B, H, C, D, E] and the last state [B, H, D, E].
     """
+    if not isinstance(u, Tensor) or in_forward_mode():
+        return _recorded(system, u, w, k, across, initial)
     shape, size = u.shape[:2], u.shape[-2]
     with torch.no_grad():
         eye = torch.eye(size, dtype=u.dtype, device=u.device).expand_as(system)
@@ -117,3 +119,25 @@ def walk(
     flat = [None if t is None else t.flatten(0, 1) for t in (u, w, system, inverse, k, across)]
     x, met, last = delta_walk(*flat, None, initial.flatten(0, 1), False)
     return x.unflatten(0, shape), met.unflatten(0, shape), last.unflatten(0, shape)
+
+
+def in_forward_mode() -> bool:
+    """Inside `torch.func.jvp` and its kin, or among dual tensors: a registered operator drops tangents in silence there."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _recorded(
+    system: Tensor, u: Tensor, w: Tensor, k: Tensor, across: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same walk, each operation recorded: for forward mode and for what is not a plain tensor."""
+    unit = system + torch.eye(u.shape[-2], dtype=u.dtype, device=u.device)
+    # Zeros that carry the tangents' type where no state is given.
+    state = k[:, :, 0, :1].mT @ u[:, :, 0, :1] * 0.0 if initial is None else initial
+    x, met = [], []
+    for c in range(u.shape[2]):
+        met.append(state)
+        rest = u[:, :, c] - w[:, :, c] @ state
+        x.append(torch.linalg.solve_triangular(unit[:, :, c], rest, upper=False, unitriangular=True))
+        state = state if across is None else state * across[:, :, c]
+        state = state + k[:, :, c].mT @ x[-1]
+    return torch.stack(x, 2), torch.stack(met, 2), state

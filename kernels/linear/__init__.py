@@ -8,22 +8,41 @@ O(F E). Self and cross attention use one global state; causal calls give query i
 
 Implementations: ``reference`` builds the [N, M] matrix; ``torch`` is linear in N and differentiable any number of times; ``triton`` has
 forward and backward kernels for the global state and both reads (see ``triton.py``); for causal calls it takes the products over prefixes from
-the kernels of ``kernels.decay`` (a scan without decay), and the running sums, which are memory bound, from torch.
+the kernels of ``kernels.decay`` (a scan without decay), and the running sums, which are memory bound, from torch. Features "taylor2" have kernels
+that never write them (``taylor.py``); other maps that are not pointwise are written.
 
 Sources: arXiv 2006.16236 (linear attention), arXiv 2507.00698 (MALA; the default is the official code's form, where phi(k) is divided
 by the number of keys: ``key_norm="mean"``; the paper's formula is ``"sum"``). Causal and cross forms of MALA are this project's: means run
 over the keys that a query sees.
 """
 
-# Not "import torch": the submodule torch.py owns that name in this package.
-from torch import Tensor, searchsorted
+from torch import Tensor
 
-from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions, work_dtype
+from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dtype
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels.linear import reference
 from kernels.linear import torch as torch_path
-from kernels.linear.features import FEATURES, POINTWISE, Feature, apply_feature, check_feature, feature_size
+from kernels.linear.features import (
+    FEATURES,
+    POINTWISE,
+    Feature,
+    apply_feature,
+    check_feature,
+    feature_size,
+    taylor2,
+)
+from kernels.linear.options import (
+    check_causal,
+    check_key_bias,
+    check_option,
+    gap,
+    key_weight,
+    prefix,
+    product,
+    rounded,
+    visible_keys,
+)
 from kernels.linear.torch import LinearState, add_states
 
 __all__ = [
@@ -38,10 +57,8 @@ __all__ = [
     "linear_read",
     "mala",
     "mala_read",
+    "taylor2",
 ]
-
-# The query gradient keeps whole rows of features in registers.
-TRITON_MAX_FEATURES = 256
 
 
 def global_state(
@@ -72,7 +89,7 @@ def global_state(
 
 def linear_read(phi_q: Tensor, state: LinearState, *, normalize: str = "denom", eps: float = 1e-6) -> Tensor:
     """Read a state with query features [B, H, N, F]; returns [B, H, N, E] in the dtype of ``phi_q``."""
-    _check_option("linear_read", "normalize", normalize, ("denom", "none"))
+    check_option("linear_read", "normalize", normalize, ("denom", "none"))
     return torch_path.linear_read(phi_q.to(state.kv.dtype), state, normalize, eps).to(phi_q.dtype)
 
 
@@ -86,7 +103,7 @@ def mala_read(
     eps: float = 1e-6,
 ) -> Tensor:
     """MALA's read of a state that has ``vsum``; arguments as in ``mala``. Returns [B, H, N, E] in the dtype of ``phi_q``."""
-    _check_option("mala_read", "key_norm", key_norm, ("mean", "sum"))
+    check_option("mala_read", "key_norm", key_norm, ("mean", "sum"))
     if state.vsum is None or (state.ksum_rot is None) != (q_rot is None):
         raise ValueError(
             "mala_read: the state needs vsum (want_v=True), and k_rot exactly when q_rot is given"
@@ -144,13 +161,23 @@ def linear_attention(
     check_qkv(op, q, k, v)
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])
     check_feature(op, feature)
-    _check_option(op, "normalize", normalize, ("denom", "none"))
-    _check_causal(op, feature, causal, positions)
-    key_bias = _check_key_bias(op, key_bias, feature, k)
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state, feature, q))
+    check_option(op, "normalize", normalize, ("denom", "none"))
+    check_causal(op, feature, causal, positions)
+    key_bias = check_key_bias(op, key_bias, feature, k)
+    impl = choose(op, impl, q, k, v, triton_gap=gap(causal, initial_state, feature, q))
     if feature == "softmax":
         normalize = "none"
     dtype = v.dtype
+    if impl == "triton" and feature == "taylor2" and initial_state is None:
+        from kernels.linear import taylor
+
+        side = [k, v] if key_bias is None else [k, v, key_weight(key_bias)[..., None]]
+        before = None
+        if causal:
+            before, side, key_mask = prefix(op, positions, q, side, key_mask)
+        return taylor.attention(
+            q, *side, key_mask=key_mask, causal=causal, before=before, normalize=normalize, eps=eps
+        ).to(dtype)
     if impl == "triton" and not causal:
         from kernels.linear import ops
 
@@ -158,13 +185,13 @@ def linear_attention(
             q = apply_feature(feature, q)
             k = apply_feature(feature, k, side="k", key_mask=key_mask)
             feature = "identity"
-        return ops.linear_attention(q, k, v, key_mask, _key_weight(key_bias), feature, normalize, eps)
+        return ops.linear_attention(q, k, v, key_mask, key_weight(key_bias), feature, normalize, eps)
     work = work_dtype(dtype)
     q, k, v = q.to(work), k.to(work), v.to(work)
     if impl == "reference":
         if initial_state is not None:
             raise NotImplementedError(f"{op}: the reference takes no initial_state; use impl='torch'")
-        visible = _visible(op, causal, positions, q, k)
+        visible = visible_keys(op, causal, positions, q, k)
         return reference.linear_attention(
             q,
             k,
@@ -179,15 +206,15 @@ def linear_attention(
     (k,) = torch_path.drop_keys(key_mask, k)
     phi_q, phi_k = apply_feature(feature, q), apply_feature(feature, k, side="k", key_mask=key_mask)
     if key_bias is not None:
-        phi_k = phi_k * _key_weight(key_bias)[..., None]
+        phi_k = phi_k * key_weight(key_bias)[..., None]
     if not causal:
         state = add_states(
             initial_state, torch_path.global_state(phi_k, v, key_mask, initial_state is not None, None)
         )
         return torch_path.linear_read(phi_q, state, normalize, eps).to(dtype)
-    before, (phi_k, v), key_mask = _prefix(op, positions, phi_q, [phi_k, v], key_mask)
+    before, (phi_k, v), key_mask = prefix(op, positions, phi_q, [phi_k, v], key_mask)
     if impl == "triton":
-        phi_q, phi_k = (_rounded(t, dtype) for t in (phi_q, phi_k))
+        phi_q, phi_k = (rounded(t, dtype) for t in (phi_q, phi_k))
     return torch_path.causal(
         phi_q,
         phi_k,
@@ -198,7 +225,7 @@ def linear_attention(
         read="linear",
         normalize=normalize,
         eps=eps,
-        product=_product(impl, dtype),
+        product=product(impl, dtype),
     ).to(dtype)
 
 
@@ -251,17 +278,17 @@ def mala(
     check_qkv(op, q, k, v)
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])
     check_feature(op, feature)
-    _check_option(op, "key_norm", key_norm, ("mean", "sum"))
+    check_option(op, "key_norm", key_norm, ("mean", "sum"))
     if feature == "softmax":
         raise ValueError(
             "mala: feature 'softmax' normalises keys over positions and leaves nothing to centre; use elu1, relu or exp"
         )
-    _check_causal(op, feature, causal, positions)
+    check_causal(op, feature, causal, positions)
     if initial_state is not None and (
         initial_state.vsum is None or (initial_state.ksum_rot is None) != (rotated is None)
     ):
         raise ValueError("mala: initial_state needs vsum, and ksum_rot exactly when rotated= is given")
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(causal, initial_state, feature, q))
+    impl = choose(op, impl, q, k, v, triton_gap=gap(causal, initial_state, feature, q))
     dtype, work = v.dtype, work_dtype(v.dtype)
     if impl == "triton" and not causal:
         from kernels.linear import ops
@@ -276,7 +303,7 @@ def mala(
         if initial_state is not None:
             raise NotImplementedError(f"{op}: the reference takes no initial_state; use impl='torch'")
         size = apply_feature(feature, q[..., :0, :]).shape[-1]
-        visible = _visible(op, causal, positions, q, k)
+        visible = visible_keys(op, causal, positions, q, k)
         return reference.mala(
             q,
             k,
@@ -298,9 +325,9 @@ def mala(
         q_rot = None if rotated is None else rotated[0]
         return torch_path.mala_read(phi_q, state, q_rot, key_norm, scale, eps).to(dtype)
     if impl == "triton":
-        phi_q, phi_k = (_rounded(t, dtype) for t in (phi_q, phi_k))
+        phi_q, phi_k = (rounded(t, dtype) for t in (phi_q, phi_k))
     key_side = [phi_k, v] if rotated is None else [phi_k, v, rotated[1]]
-    before, key_side, key_mask = _prefix(op, positions, phi_q, key_side, key_mask)
+    before, key_side, key_mask = prefix(op, positions, phi_q, key_side, key_mask)
     return torch_path.causal(
         phi_q,
         key_side[0],
@@ -313,7 +340,7 @@ def mala(
         scale=scale,
         eps=eps,
         rotated=None if rotated is None else (rotated[0], key_side[2]),
-        product=_product(impl, dtype),
+        product=product(impl, dtype),
     ).to(dtype)
 
 
@@ -347,91 +374,3 @@ def cost(
         # dS, dphi(q), dphi(k), dv and the recomputed forward product of the read; q, k, v, dO in, dq, dk, dv out.
         return Cost(2.5 * flops, 2 * moved, state)
     return Cost(flops, moved, state)
-
-
-def _check_option(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{op}: {name}={value!r} is unknown; choose from {', '.join(allowed)}")
-
-
-def _check_causal(op: str, feature: Feature, causal: bool, positions: Positions | None) -> None:
-    if positions is not None and not causal:
-        raise ValueError(f"{op}: positions only matter for causal=True; leave them out or set causal=True")
-    if causal and feature == "softmax":
-        raise ValueError(
-            f"{op}: feature 'softmax' normalises keys over all positions and cannot be causal; use elu1, relu or exp"
-        )
-
-
-def _check_key_bias(op: str, key_bias: Tensor | None, feature: Feature, k: Tensor) -> Tensor | None:
-    if key_bias is None:
-        return None
-    if isinstance(feature, str) and feature in ("silu", "softmax"):
-        raise ValueError(
-            f"{op}: key_bias needs a feature map without negative values, got {feature!r}; use elu1, relu or exp"
-        )
-    if key_bias.dim() != 3:
-        raise ValueError(
-            f"{op}: key_bias must be broadcastable to [batch, heads, keys], got shape {tuple(key_bias.shape)}"
-        )
-    if key_bias.dtype != k.dtype:
-        key_bias = key_bias.to(k.dtype)
-    return key_bias.expand(k.shape[:3]).clamp(max=30.0)
-
-
-def _key_weight(key_bias: Tensor | None) -> Tensor | None:
-    return None if key_bias is None else key_bias.to(work_dtype(key_bias.dtype)).exp()
-
-
-def _gap(causal: bool, initial_state: LinearState | None, feature: Feature, q: Tensor) -> str | None:
-    """What the Triton kernels lack for this call."""
-    if causal:
-        return None
-    if isinstance(feature, str) and feature_size(feature, q.shape[-1]) > TRITON_MAX_FEATURES:
-        return f"more than {TRITON_MAX_FEATURES} features"
-    return None if initial_state is None else "an initial_state without causal=True"
-
-
-def _rounded(t: Tensor, dtype) -> Tensor:
-    """Features as the kernels' products see them: normalisers then belong to the same weights, and rows sum to one."""
-    return t.to(dtype).to(t.dtype)
-
-
-def _product(impl: str, dtype):
-    """What sums over prefixes: the torch path's own chunks, or the scan kernels on inputs of ``dtype``."""
-    if impl != "triton":
-        return torch_path.prefix_product
-
-    def product(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int) -> Tensor:
-        from kernels.decay import ops
-
-        q, k, v = (t.to(dtype) for t in (q, k, v))
-        return ops.scan(q, k, v, None, initial, True, True)[0]
-
-    return product
-
-
-def _visible(op: str, causal: bool, positions: Positions | None, q: Tensor, k: Tensor) -> Tensor | None:
-    if not causal:
-        return None
-    pos_q, pos_k = query_key_positions(op, positions, q.shape[0], q.shape[2], k.shape[2], q.device)
-    return (pos_k[:, None, :] <= pos_q[:, :, None])[:, None]
-
-
-def _prefix(
-    op: str, positions: Positions | None, q: Tensor, key_side: list[Tensor], key_mask: Tensor | None
-) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-    """How many keys each query reads (None: aligned at the end), with the keys sorted by position if they were given one."""
-    if positions is None:
-        return None, key_side, key_mask
-    batch, keys = key_side[0].shape[0], key_side[0].shape[2]
-    pos_q, pos_k = query_key_positions(op, positions, batch, q.shape[2], keys, q.device)
-    if isinstance(positions, (tuple, list)):
-        pos_k, order = pos_k.expand(batch, keys).sort(dim=1, stable=True)
-        key_side = [
-            t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in key_side
-        ]
-        key_mask = None if key_mask is None else key_mask.gather(1, order)
-    rows = max(pos_q.shape[0], pos_k.shape[0])
-    pos_q, pos_k = pos_q.expand(rows, -1).contiguous(), pos_k.expand(rows, -1).contiguous()
-    return searchsorted(pos_k, pos_q, right=True), key_side, key_mask

@@ -8,7 +8,7 @@ A map takes [..., D] to [..., F]. Maps in ``POINTWISE`` act on each number alone
 inputs, prefer ``exp`` or ``softplus``.
 ``softmax`` is Efficient Attention (arXiv 1812.01243): queries are normalised over channels, keys over positions, which makes the
 weights sum to one without a denominator and excludes causal use. ``dpfp`` is arXiv 2102.11174 (one shift; ``dpfp2``, ``dpfp3``
-use more). ``t2r`` is relu(Wx + b) of arXiv 2103.13076: the caller projects, the map is the same as ``relu``.
+use more). ``taylor2`` is Based's (arXiv 2402.18668), whose products are positive although some features are not. ``t2r`` is relu(Wx + b) of arXiv 2103.13076: the caller projects, the map is the same as ``relu``.
 """
 
 import difflib
@@ -29,6 +29,15 @@ def _dpfp(x: Tensor, shifts: int) -> Tensor:
     return torch.cat([r * r.roll(i, -1) for i in range(1, shifts + 1)], -1)
 
 
+def taylor2(x: Tensor) -> Tensor:
+    """[..., D] to [..., 1 + D + D (D + 1) / 2] with ``phi(x).phi(y) = 1 + x.y + (x.y)^2 / 2``."""
+    dim = x.shape[-1]
+    row, column = torch.triu_indices(dim, dim, device=x.device)
+    # Off the diagonal each product stands for two of the sum: x_i x_j y_i y_j * 2 / 2.
+    factor = torch.ones(len(row), dtype=x.dtype, device=x.device).masked_fill(row == column, 0.5**0.5)
+    return torch.cat((torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * factor), -1)
+
+
 POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "elu1": lambda x: F.elu(x) + 1,
     "relu": lambda x: x.relu() + RELU_FLOOR,
@@ -44,6 +53,7 @@ MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "dpfp": lambda x: _dpfp(x, 1),
     "dpfp2": lambda x: _dpfp(x, 2),
     "dpfp3": lambda x: _dpfp(x, 3),
+    "taylor2": taylor2,
 }
 FEATURES = (*MAPS, "softmax")
 SIGNED = frozenset({"silu", "identity"})
@@ -62,6 +72,8 @@ def check_feature(op: str, feature: Feature) -> None:
 
 def feature_size(feature: str, dim: int) -> int:
     """F for head size D."""
+    if feature == "taylor2":
+        return 1 + dim + dim * (dim + 1) // 2
     return dim * {"dpfp": 2, "dpfp2": 4, "dpfp3": 6}.get(feature, 1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
+from kernels.linear import taylor_launch
 from kernels.linear import triton as tk
 
 # Programs aimed at in a split sum: a few waves on the largest GPUs.
@@ -298,3 +299,4 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         pointers = base | {n: "fp32" for n in ("W", "DS", "DA", "DB", "DC", "DW")}
         pointers |= {"MASK": "u8", "DX": data, "DY": data, "DXR": data if rot else "fp32"}
         yield case(tk.linear_state_bwd_kernel, "state_bwd", variant, pointers, consts, 2, 4 + 2 * rot)
+    yield from taylor_launch.gate_cases(target, dtype, dim)

@@ -9,7 +9,7 @@ memory linear in N, score mods and factors included. ``triton`` has forward and 
 by torch for wide float32 heads and on AMD), bands, grouped heads, soft cap, low-rank factors with their gradients, score mods (gradients of their
 tables by torch, in row blocks), a factor after the softmax and the differentiable log-sum-exp; few queries on many keys are split over the keys.
 On a GPU the automatic choice takes them for what SDPA lacks: a log-sum-exp output, windows and given positions without a mask of N x M, a bias that
-needs a gradient, and all of these options. Dropout and skipping stay with torch.
+needs a gradient, and all of these options. Skipping (BLASST) works on whole tiles of the kernels, without a bias or the like. Dropout stays with torch.
 
 Sources: FlashAttention, arXiv 2205.14135 (the merge identity of ``merge_lse`` is its section on blocks); FlashBias, arXiv 2505.12044 (factors);
 Lean Attention, arXiv 2405.10480 (splitting the keys).
@@ -23,7 +23,7 @@ from kernels._common.checks import Positions, check_key_mask, check_qkv, query_k
 from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
-from kernels.softmax import reference
+from kernels.softmax import reference, skipping
 from kernels.softmax import torch as torch_path
 from kernels.softmax.combine import apply_sink, merge_lse
 from kernels.softmax.mods import Alibi, Polyline, RelativeTable, RelativeTable2d, RowColumn, ScoreMod
@@ -131,7 +131,10 @@ def attention(
             f"{op}: skip_threshold must be >= 0 and skip_tile >= 1, got {skip_threshold}, {skip_tile}"
         )
     skip = reference.Skip(skip_threshold, *skip_tile) if skip_threshold else None
-    gap = "dropout" if dropout else "skip_threshold" if skip else None
+    gap = "dropout" if dropout else None
+    if skip is not None:
+        shaped = any(option is not None for option in (bias, factors, score_mod, post_mask))
+        gap = gap or skipping.gap(skip, q, v, shaped)
     if gap is None and post_mask is not None and post_mask.requires_grad:
         gap = "the gradient of post_mask"
     asked = impl not in (None, "auto") or current_choice() is not None
@@ -140,7 +143,7 @@ def attention(
         return_lse
         or (bias is not None and bias.requires_grad)
         or (banded and not (window is None and positions is None))
-        or any(option is not None for option in (softcap, factors, score_mod, post_mask))
+        or any(option is not None for option in (softcap, factors, score_mod, post_mask, skip))
     )
     if impl == "triton" and not asked and (higher_order or not needs):
         impl = "torch"
@@ -173,7 +176,7 @@ def attention(
 
         out, lse = ops.attention(
             q, k, v, key_mask=key_mask, bias=bias, pos_q=pos_q, pos_k=pos_k, aligned=positions is None,
-            window=(left, right), scale=scale, softcap=softcap, factors=factors, mod=mod, post=post_mask,
+            window=(left, right), scale=scale, softcap=softcap, factors=factors, mod=mod, post=post_mask, skip=skip,
         )  # fmt: skip
     else:
         out, lse = torch_path.attention(

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.softmax import triton as tk
-from kernels.softmax.launch import bias_kernel, dot_types, pow2, tiles
+from kernels.softmax.launch import bias_kernel, dot_types, pow2, skip_tiles, tiles
 from kernels.softmax.scores import Config, Operands, Sizes
+from kernels.softmax.skipping import widest
 
 BATCH, HEADS, LENGTH = 8, 16, 4096
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -18,6 +19,7 @@ VARIANTS = {
     "causal+mask": (("mask", "right"), 1, None, 0.0, 0.5),
     "bias+positions": (("bias", "mask", "positions", "left", "right"), 2, None, 0.0, 1.0),
     "factors+cap": (("factors",), 0, None, 30.0, 1.0),
+    "skip+causal+mask": (("mask", "right", "limit"), 1, None, 0.0, 0.5),
     "post+causal": (("post", "right"), 1, None, 0.0, 0.5),
     "table2d": (("table_a",), 0, (3, 1, _GRID_SIDE, _GRID_SIDE), 0.0, 1.0),
     "row+column": (("table_a", "table_b"), 0, (4, _GRID_SIDE, _GRID_SIDE), 0.0, 1.0),
@@ -37,6 +39,8 @@ def operands(names: tuple[str, ...], data: str) -> Operands:
         kinds |= {"pos_q": "*i32", "pos_q_b": "i32", "pos_k": "*i32", "pos_k_b": "i32"}
     if "factors" in names:
         kinds |= {"phi_q": "*fp32", "phi_q_b": "i32", "phi_k": "*fp32", "phi_k_b": "i32"}
+    if "limit" in names:
+        kinds |= {"limit": "*fp32", "limit_b": "i32", "kept": "*u8"}
     kinds |= {name: "*fp32" for name in ("table_a", "table_b") if name in names}
     kinds |= {name: "i32" for name in ("left", "right") if name in names}
     return Operands(**kinds)
@@ -44,7 +48,7 @@ def operands(names: tuple[str, ...], data: str) -> Operands:
 
 UNALIGNED = (
     *(f"size.{field}" for field in ("h", "hk", "n", "m", "r")), "x.mask_b", "x.pos_q_b", "x.pos_k_b", "x.left", "x.right",
-    "x.bias_n", "x.post_n", "x.phi_q_b", "x.phi_k_b", "span", "B", "BB", "BH",
+    "x.bias_n", "x.post_n", "x.phi_q_b", "x.phi_k_b", "x.limit_b", "span", "B", "BB", "BH",
 )  # fmt: skip
 
 
@@ -89,9 +93,14 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
                 "factors"
                 if "factors" in names
                 else "plain"
-                if variant in ("plain", "causal+mask")
+                if variant in ("plain", "causal+mask", "skip+causal+mask")
                 else "rich",
             )
+            skip = (widest(dtype == "float32", dim),) * 2 if "limit" in names else None
+            if skip and target.backend == "hip":
+                continue
+            if skip:
+                t = skip_tiles(name, t, skip, dot, dim, dim, arch)
             config = Config(
                 dim**-0.5,
                 softcap,
@@ -105,6 +114,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
                 16,
                 tk.DOT_TYPES[dot],
                 precision,
+                skip,
             )
             given = {**pointers(data), "size": sizes(names), "x": operands(names, data)}
             if "factors" not in names:

@@ -1,6 +1,7 @@
 """Launches the Triton kernels: tile sizes, grids, splits."""
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,12 +33,14 @@ class Problem(NamedTuple):
     key_mask: Tensor | None = None
     pos_q: Tensor | None = None
     pos_k: Tensor | None = None
+    limit: Tensor | None = None
     left: int = -1
     right: int = -1
     aligned: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     mod: tuple[int, ...] = ()
+    skip: tuple[int, ...] = ()
 
 
 class Sparse(NamedTuple):
@@ -73,6 +76,8 @@ def tiles(
     if dot == "float32":
         if kernel == "bwd_dq" and wide and backend == "cuda" and arch < 90:
             return Tiles(16, 32, 4, 1)
+        if kernel in ("bwd_dkdv", "bwd_dq") and backend == "cuda" and 32 < max(pow2(d), pow2(e)) <= 64:
+            return Tiles(16, 16 if kernel == "bwd_dkdv" and scores == "factors" else 32, 4, 1)
         side = 16 if wide or backend == "hip" else 32
         return Tiles(side, side, 8 if wide or (kernel == "bwd_dbias" and backend == "cuda") else 4, 1)
     if backend == "hip":
@@ -82,7 +87,7 @@ def tiles(
     if kernel == "bwd_dkdv" and scores == "rich" and not wide and arch >= 100:
         return Tiles(64, 32, 8, 1)
     if kernel == "bwd_dkdv" and (scores != "plain" or (wide and arch < 90)):
-        return Tiles(32, 32, 4, 1)
+        return Tiles(32, 32, 8 if scores == "rich" and not wide and arch < 90 else 4, 1)
     if scores != "plain":
         return Tiles(32, 64 if kernel == "bwd_dq" else 32, 8, 1) if wide else Tiles(64, 32, 8, 1)
     if kernel == "fwd":
@@ -90,6 +95,17 @@ def tiles(
     if kernel == "bwd_dkdv" and not wide and arch >= 100:
         return Tiles(64, 32, 4, 1)
     return Tiles(64, 32 if wide else 64, 8, 1)
+
+
+def skip_tiles(kernel: str, table: Tiles, skip: Sequence[int], dot: str, d: int, e: int, arch: int) -> Tiles:
+    """Skipping is decided for a whole tile, so the forward takes the caller's; the gradients stay within one."""
+    wide = max(pow2(d), pow2(e)) > 64
+    if wide and dot == "float32":
+        return Tiles(16, 16, 8, 1)
+    if kernel == "fwd":
+        return Tiles(*skip, 8 if wide and arch < 100 else 4, 1)
+    keys = 32 if kernel == "bwd_dq" and arch >= 100 else table.keys
+    return replace(table, queries=min(table.queries, skip[0]), keys=min(keys, skip[1]))
 
 
 def bias_kernel(dtype: str, d: int, e: int, where: str | None = None) -> bool:
@@ -165,6 +181,9 @@ def _operands(p: Problem) -> Operands:
     for name, t in (("table_a", p.table_a), ("table_b", p.table_b)):
         if t is not None:
             given[name] = t.float().contiguous()
+    if p.limit is not None:
+        limit = p.limit.contiguous()
+        given |= {"limit": limit, "limit_b": _steps(limit, 1)[0]}
     for name, side in (("left", p.left), ("right", p.right)):
         if side >= 0:
             given[name] = side
@@ -185,6 +204,11 @@ class Call:
         self.problem = p
         self.empty = 0 in (b, h, n, m)
 
+    def mark(self, kept: Tensor | None) -> None:
+        """Where the forward leaves, and the gradients find, which tiles meet."""
+        if self.problem.skip:
+            self.operands = self.operands._replace(kept=kept)
+
     def tiles(self, kernel: str) -> Tiles:
         dot, _ = types_of(self.q)
         p = self.problem
@@ -192,12 +216,13 @@ class Call:
         placed = p.pos_q is not None and not p.aligned
         rich = pairwise or placed or self.sparse is not None or p.softcap > 0
         scores = "factors" if p.phi_q is not None else "rich" if rich else "plain"
-        found = tiles(kernel, backend(), dot, self.size.d, self.size.e, compute_capability(), scores)
-        return (
-            found
-            if self.sparse is None
-            else replace(found, queries=self.sparse.queries, keys=self.sparse.keys)
-        )
+        widths, arch = (self.size.d, self.size.e), compute_capability()
+        found = tiles(kernel, backend(), dot, *widths, arch, scores)
+        if p.skip:
+            return skip_tiles(kernel, found, p.skip, dot, *widths, arch)
+        if self.sparse is not None:
+            return replace(found, queries=self.sparse.queries, keys=self.sparse.keys)
+        return found
 
     def config(self, t: Tiles) -> Config:
         p, (dot, precision) = self.problem, types_of(self.q)
@@ -205,22 +230,33 @@ class Call:
         return Config(
             p.scale, p.softcap, band, tuple(p.mod) or None, None if self.sparse is None else self.sparse.rule,
             t.queries, t.keys, pow2(self.size.d), pow2(self.size.e), pow2(self.size.r or 1), tk.DOT_TYPES[dot], precision,
+            tuple(p.skip) or None,
         )  # fmt: skip
 
     def splits(self, t: Tiles) -> int:
         """Over how many programs the keys of a tile of queries are spread."""
         programs = self.batch * self.size.h * triton.cdiv(self.size.n, t.queries)
-        if self.sparse is not None or 2 * programs > SPLIT_PROGRAMS:
+        if self.sparse is not None or self.problem.skip or 2 * programs > SPLIT_PROGRAMS:
             return 1
         return max(1, min(SPLIT_PROGRAMS // programs, triton.cdiv(self.size.m, 4 * t.keys)))
 
 
-def fwd(p: Problem, sparse: Sparse | None = None) -> tuple[Tensor, Tensor]:
-    """O in the dtype of q and lse in float32."""
+def kept_shape(p: Problem) -> tuple[int, ...]:
+    """Of the marks that the forward leaves, uint8."""
+    if not p.skip:
+        return (0,)
+    rows, keys = p.skip
+    return (p.q.shape[0] * p.q.shape[1], -(-p.q.shape[2] // rows), -(-p.k.shape[2] // keys))
+
+
+def fwd(p: Problem, sparse: Sparse | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """O in the dtype of q, lse in float32, and which tiles were kept (empty where none may be dropped)."""
     call = Call(p, sparse)
     b, (h, _, n, m, _, e, _) = call.batch, call.size
+    kept = torch.zeros(kept_shape(p), dtype=torch.uint8, device=p.q.device)
     if call.empty:
-        return _new(p.q, b, h, n, e, dtype=p.q.dtype).zero_(), _new(p.q, b, h, n).fill_(-torch.inf)
+        return _new(p.q, b, h, n, e, dtype=p.q.dtype).zero_(), _new(p.q, b, h, n).fill_(-torch.inf), kept
+    call.mark(kept)
     t = call.tiles("fwd")
     splits = call.splits(t)
     parts = () if splits == 1 else (splits,)
@@ -235,7 +271,7 @@ def fwd(p: Problem, sparse: Sparse | None = None) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
     if parts:
         out, lse = merge_lse(list(zip(out.unbind(0), lse.unbind(0), strict=True)))
-    return out.to(p.q.dtype), lse
+    return out.to(p.q.dtype), lse, kept
 
 
 class Gradients(NamedTuple):
@@ -250,10 +286,17 @@ class Gradients(NamedTuple):
 
 
 def bwd(
-    p: Problem, lse: Tensor, do: Tensor, delta: Tensor, want_bias: bool, sparse: Sparse | None = None
+    p: Problem,
+    lse: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    want_bias: bool,
+    kept: Tensor | None = None,
+    sparse: Sparse | None = None,
 ) -> Gradients:
-    """``want_bias`` asks for the kernel of the bias gradient."""
+    """``want_bias`` asks for the kernel of the bias gradient; ``kept`` is what the forward marked."""
     call = Call(p, sparse)
+    call.mark(kept)
     b, (h, hk, n, m, d, e, r) = call.batch, call.size
     grouped = h != hk
     part = torch.float32 if grouped else p.q.dtype

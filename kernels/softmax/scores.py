@@ -53,6 +53,9 @@ class Operands(NamedTuple):
     phi_k_b: Any = None
     table_a: Any = None
     table_b: Any = None
+    limit: Any = None
+    limit_b: Any = None
+    kept: Any = None
 
 
 class Lists(NamedTuple):
@@ -66,7 +69,10 @@ class Lists(NamedTuple):
 
 
 class Config(NamedTuple):
-    """``band``: 0 no positions in the mask, 1 query i at i + M - N, 2 from memory. ``mod`` and ``rule``: a kind and its integers, or None."""
+    """``band``: 0 no positions in the mask, 1 query i at i + M - N, 2 from memory. ``mod`` and ``rule``: a kind and its integers, or None.
+
+    ``skip``: queries and keys of the tiles that ``Operands.kept`` [B * H, ., .] marks, multiples of BN and BM, or None.
+    """
 
     scale: float
     softcap: float
@@ -80,6 +86,7 @@ class Config(NamedTuple):
     BR: int
     dot: Any
     precision: str
+    skip: tuple | None = None
 
 
 @triton.jit
@@ -88,6 +95,14 @@ def tokens_of(place, size, lists):
         return place
     else:
         return tl.load(lists.order + place, mask=place < size, other=0)
+
+
+@triton.jit
+def kept_at(bh, tile_i, tile_j, x, size, C: tl.constexpr):
+    """Where a pair of tiles is marked."""
+    across = tl.cdiv(size.m, C.skip[1])
+    down = bh * tl.cdiv(size.n, C.skip[0]) + tile_i * C.BN // C.skip[0]
+    return x.kept + down * across + tile_j * C.BM // C.skip[1]
 
 
 @triton.jit
@@ -120,6 +135,32 @@ def load_factor(P, stride_b, b, h, heads, length, rank, token, inside, W: tl.con
         return tl.load(
             base + row[:, None] + c[None, :], mask=inside[:, None] & (c < rank)[None, :], other=0.0
         )
+
+
+@triton.jit
+def query_tile(Q, tile, b, h, strides, x, size, lists, C: tl.constexpr):
+    """Tokens of a tile of queries, which of them exist, q [BN, BD] and their factors."""
+    place = tile * C.BN + tl.arange(0, C.BN)
+    in_i = place < size.n
+    i = tokens_of(place, size.n, lists)
+    q = load_rows(Q, b, h, strides, i, in_i, size.d, C.BD, C.dot)
+    phi = q
+    if x.phi_q is not None:
+        phi = load_factor(x.phi_q, x.phi_q_b, b, h, size.h, size.n, size.r, i, in_i, C.BR, False)
+    return i, in_i, q, phi
+
+
+@triton.jit
+def key_tile(K, tile, b, h, hk, strides, x, size, lists, C: tl.constexpr):
+    """Tokens of a tile of keys, which of them exist, k [BD, BM] and their factors."""
+    place = tile * C.BM + tl.arange(0, C.BM)
+    in_j = place < size.m
+    j = tokens_of(place, size.m, lists)
+    k = load_columns(K, b, hk, strides, j, in_j, size.d, C.BD, C.dot)
+    phi = k
+    if x.phi_k is not None:
+        phi = load_factor(x.phi_k, x.phi_k_b, b, h, size.h, size.m, size.r, j, in_j, C.BR, True)
+    return j, in_j, k, phi
 
 
 @triton.jit

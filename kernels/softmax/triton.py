@@ -10,7 +10,8 @@ B batch, H heads, Hk key heads, N queries, M keys, D, E head sizes; grid axis 0 
 All recompute ``P = exp(S - lse)`` and use ``dS = P (w dP - delta)`` with ``delta = sum(dO O) - dlse`` and w the factor after the softmax: the last term
 makes lse an output like any other. Factors of a low-rank bias get ``dS phi_k`` and ``dS^T phi_q`` beside the gradients of q and k. No atomics. Rows that
 see no key have lse = -inf, O = 0 and no gradient. Products run in the input type with float32 sums; float32 inputs take three TF32 passes on
-NVIDIA and float32 matrix instructions on AMD. What shapes a score, and lists of tiles for block-sparse rules, are in ``scores.py``.
+NVIDIA and float32 matrix instructions on AMD. With ``limit`` (BLASST) the forward drops tiles of keys that no row needs, before their values are read, and
+marks in ``kept`` those that stay; the gradients visit the same ones. What shapes a score, and lists of tiles for block-sparse rules, are in ``scores.py``.
 """
 
 import triton
@@ -20,11 +21,12 @@ from kernels.softmax.scores import (
     LN2,
     LOG2E,
     after,
+    kept_at,
+    key_tile,
     load_columns,
-    load_factor,
     load_rows,
+    query_tile,
     scores,
-    tokens_of,
     visible,
 )  # fmt: skip
 
@@ -81,13 +83,7 @@ def softmax_fwd_kernel(
     b, h = bh // size.h, bh % size.h
     hk = h // (size.h // size.hk)
     t = tl.program_id(1)
-    place = t * C.BN + tl.arange(0, C.BN)
-    in_i = place < size.n
-    i = tokens_of(place, size.n, lists)
-    q = load_rows(Q, b, h, q_strides, i, in_i, size.d, C.BD, C.dot)
-    phi_q = q
-    if x.phi_q is not None:
-        phi_q = load_factor(x.phi_q, x.phi_q_b, b, h, size.h, size.n, size.r, i, in_i, C.BR, False)
+    i, in_i, q, phi_q = query_tile(Q, t, b, h, q_strides, x, size, lists, C)
     top = tl.full((C.BN,), float("-inf"), tl.float32)
     total = tl.zeros((C.BN,), tl.float32)
     acc = tl.zeros((C.BN, C.BE), tl.float32)
@@ -97,27 +93,32 @@ def softmax_fwd_kernel(
         split = tl.program_id(2)
         lo, hi = tl.maximum(lo, split * span), tl.minimum(hi, (split + 1) * span)
         out_row += split.to(tl.int64) * tl.num_programs(0)
+    limit, highest = top, top
+    if x.limit is not None:
+        limit = tl.load(x.limit + b * x.limit_b + i, mask=in_i, other=0.0)
     for at in range(lo, hi):
         tile, whole = _entry(at, lists)
-        j_place = tile * C.BM + tl.arange(0, C.BM)
-        in_j = j_place < size.m
-        j = tokens_of(j_place, size.m, lists)
-        k = load_columns(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
-        phi_k = k
-        if x.phi_k is not None:
-            phi_k = load_factor(x.phi_k, x.phi_k_b, b, h, size.h, size.m, size.r, j, in_j, C.BR, True)
+        j, in_j, k, phi_k = key_tile(K, tile, b, h, hk, k_strides, x, size, lists, C)
         s, _ = scores(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
         s = tl.where(visible(i, j, in_i, in_j, b, x, size, lists, whole, C), s, float("-inf"))
-        peak = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(peak == float("-inf"), 0.0, peak)  # a row without a key so far
-        p = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(p, 1)
-        if x.post is not None:
-            p = p * after(i, j, in_i, in_j, b, h, x)
-        v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
-        acc = tl.dot(p.to(C.dot), v, acc * shrink[:, None], input_precision=C.precision)
-        top = peak
+        here = tl.max(s, 1)
+        keep = True
+        if x.limit is not None:
+            highest = tl.maximum(highest, here)
+            low = (here == float("-inf")) | (here < highest + limit)
+            keep = tl.min(low.to(tl.int32), 0) == 0
+            tl.store(kept_at(bh, t, tile, x, size, C), keep.to(tl.uint8))
+        if keep:
+            peak = tl.maximum(top, here)
+            safe = tl.where(peak == float("-inf"), 0.0, peak)  # a row without a key so far
+            p = tl.exp2(s - safe[:, None])
+            shrink = tl.exp2(top - safe)
+            total = total * shrink + tl.sum(p, 1)
+            if x.post is not None:
+                p = p * after(i, j, in_i, in_j, b, h, x)
+            v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
+            acc = tl.dot(p.to(C.dot), v, acc * shrink[:, None], input_precision=C.precision)
+            top = peak
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     row = out_row * size.n + i.to(tl.int64)
@@ -128,13 +129,38 @@ def softmax_fwd_kernel(
 
 
 @triton.jit
-def _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, C: tl.constexpr):
+def _kept(bh, tile_i, tile_j, x, size, C: tl.constexpr):
+    """Whether the forward let these tiles meet, and whether to go in: float32 has no registers for the branch and masks instead."""
+    keep = True
+    if x.kept is not None:
+        keep = tl.load(kept_at(bh, tile_i, tile_j, x, size, C)) != 0
+    enter = keep
+    if C.dot == tl.float32:
+        enter = True
+    return keep, enter
+
+
+@triton.jit
+def _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C: tl.constexpr):
     """P [BN, BM] again, from q [BN, BD], k [BD, BM] and lse; and the slope of the soft cap."""
     s, slope = scores(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
     lse = tl.load(LSE + (b * size.h + h) * size.n + i, mask=in_i, other=float("-inf"))
     seen = visible(i, j, in_i, in_j, b, x, size, lists, whole, C) & (lse > float("-inf"))[:, None]
+    if x.kept is not None:
+        seen = seen & keep
     lse = tl.where(lse > float("-inf"), lse, 0.0) * LOG2E
     return tl.exp2(tl.where(seen, s - lse[:, None], float("-inf"))), slope
+
+
+@triton.jit
+def _before(p, do, v, i, j, in_i, in_j, b, h, x, C: tl.constexpr):
+    """Weights that meet the values, and the gradient of those before the factor."""
+    dp = tl.dot(do, v, input_precision=C.precision)
+    if x.post is not None:
+        post = after(i, j, in_i, in_j, b, h, x)
+        return p * post, dp * post
+    else:
+        return p, dp
 
 
 @triton.jit
@@ -146,44 +172,32 @@ def softmax_bwd_dkdv_kernel(
     b, h = bh // size.h, bh % size.h
     hk = h // (size.h // size.hk)
     t = tl.program_id(1)
-    j_place = t * C.BM + tl.arange(0, C.BM)
-    in_j = j_place < size.m
-    j = tokens_of(j_place, size.m, lists)
-    k = load_columns(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
+    j, in_j, k, phi_k = key_tile(K, t, b, h, hk, k_strides, x, size, lists, C)
     v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
-    phi_k = k
     dk = tl.zeros((C.BM, C.BD), tl.float32)
     dv = tl.zeros((C.BM, C.BE), tl.float32)
     dphi = 0.0
     if x.phi_k is not None:
-        phi_k = load_factor(x.phi_k, x.phi_k_b, b, h, size.h, size.m, size.r, j, in_j, C.BR, True)
         dphi = tl.zeros((C.BM, C.BR), tl.float32)
     lo, hi = _query_range(t, size, x, lists, C)
     for at in range(lo, hi):
         tile, whole = _entry(at, lists)
-        place = tile * C.BN + tl.arange(0, C.BN)
-        in_i = place < size.n
-        i = tokens_of(place, size.n, lists)
-        q = load_rows(Q, b, h, q_strides, i, in_i, size.d, C.BD, C.dot)
-        phi_q = q
-        if x.phi_q is not None:
-            phi_q = load_factor(x.phi_q, x.phi_q_b, b, h, size.h, size.n, size.r, i, in_i, C.BR, False)
-        p, slope = _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, C)
-        do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
-        dp = tl.dot(do, v, input_precision=C.precision)
-        used = p
-        if x.post is not None:
-            post = after(i, j, in_i, in_j, b, h, x)
-            used = p * post
-            dp = dp * post
-        dv = tl.dot(tl.trans(used.to(C.dot)), do, dv, input_precision=C.precision)
-        delta = tl.load(DELTA + bh * size.n + i, mask=in_i, other=0.0)
-        ds = p * (dp - delta[:, None])
-        if x.phi_q is not None:
-            dphi = tl.dot(
-                tl.trans(ds), phi_q, dphi, input_precision="ieee" if C.precision == "ieee" else "tf32x3"
+        keep, enter = _kept(bh, tile, t, x, size, C)
+        if enter:
+            i, in_i, q, phi_q = query_tile(Q, tile, b, h, q_strides, x, size, lists, C)
+            p, slope = _weights(
+                q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C
             )
-        dk = tl.dot(tl.trans((ds * slope).to(C.dot)), q, dk, input_precision=C.precision)
+            do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
+            used, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
+            dv = tl.dot(tl.trans(used.to(C.dot)), do, dv, input_precision=C.precision)
+            delta = tl.load(DELTA + bh * size.n + i, mask=in_i, other=0.0)
+            ds = p * (dp - delta[:, None])
+            if x.phi_q is not None:
+                dphi = tl.dot(
+                    tl.trans(ds), phi_q, dphi, input_precision="ieee" if C.precision == "ieee" else "tf32x3"
+                )
+            dk = tl.dot(tl.trans((ds * slope).to(C.dot)), q, dk, input_precision=C.precision)
     row = (bh * size.m + j.to(tl.int64))[:, None]
     d, e = tl.arange(0, C.BD), tl.arange(0, C.BE)
     dk = (dk * C.scale).to(DK.dtype.element_ty)
@@ -204,39 +218,30 @@ def softmax_bwd_dq_kernel(
     b, h = bh // size.h, bh % size.h
     hk = h // (size.h // size.hk)
     t = tl.program_id(1)
-    place = t * C.BN + tl.arange(0, C.BN)
-    in_i = place < size.n
-    i = tokens_of(place, size.n, lists)
-    q = load_rows(Q, b, h, q_strides, i, in_i, size.d, C.BD, C.dot)
+    i, in_i, q, phi_q = query_tile(Q, t, b, h, q_strides, x, size, lists, C)
     do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
     delta = tl.load(DELTA + bh * size.n + i, mask=in_i, other=0.0)
-    phi_q = q
     dq = tl.zeros((C.BN, C.BD), tl.float32)
     dphi = 0.0
     if x.phi_q is not None:
-        phi_q = load_factor(x.phi_q, x.phi_q_b, b, h, size.h, size.n, size.r, i, in_i, C.BR, False)
         dphi = tl.zeros((C.BN, C.BR), tl.float32)
     lo, hi = _key_range(t, size, x, lists, C)
     for at in range(lo, hi):
         tile, whole = _entry(at, lists)
-        j_place = tile * C.BM + tl.arange(0, C.BM)
-        in_j = j_place < size.m
-        j = tokens_of(j_place, size.m, lists)
-        k = load_columns(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
-        v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
-        phi_k = k
-        if x.phi_k is not None:
-            phi_k = load_factor(x.phi_k, x.phi_k_b, b, h, size.h, size.m, size.r, j, in_j, C.BR, True)
-        p, slope = _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, C)
-        dp = tl.dot(do, v, input_precision=C.precision)
-        if x.post is not None:
-            dp = dp * after(i, j, in_i, in_j, b, h, x)
-        ds = p * (dp - delta[:, None])
-        if x.phi_k is not None:
-            dphi = tl.dot(
-                ds, tl.trans(phi_k), dphi, input_precision="ieee" if C.precision == "ieee" else "tf32x3"
+        keep, enter = _kept(bh, t, tile, x, size, C)
+        if enter:
+            j, in_j, k, phi_k = key_tile(K, tile, b, h, hk, k_strides, x, size, lists, C)
+            v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
+            p, slope = _weights(
+                q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C
             )
-        dq = tl.dot((ds * slope).to(C.dot), tl.trans(k), dq, input_precision=C.precision)
+            _, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
+            ds = p * (dp - delta[:, None])
+            if x.phi_k is not None:
+                dphi = tl.dot(
+                    ds, tl.trans(phi_k), dphi, input_precision="ieee" if C.precision == "ieee" else "tf32x3"
+                )
+            dq = tl.dot((ds * slope).to(C.dot), tl.trans(k), dq, input_precision=C.precision)
     row = (bh * size.n + i.to(tl.int64))[:, None]
     d = tl.arange(0, C.BD)
     dq = (dq * C.scale).to(DQ.dtype.element_ty)
@@ -254,39 +259,29 @@ def softmax_bwd_dbias_kernel(
     """DB [BB, BH, N, M] (ROWS) or [BB, BH, 1, M]; BB is B or 1, BH is H or 1. The grid's last axis runs over query tiles if ROWS."""
     own = tl.program_id(0).to(tl.int64)
     own_b, own_h = own // BH, own % BH
-    j = tl.program_id(1) * C.BM + tl.arange(0, C.BM)
-    in_j = j < size.m
     acc = tl.zeros((C.BN, C.BM), tl.float32)
-    i_first = tl.program_id(2) * C.BN
-    i_last = size.n
+    lo, hi = 0, tl.cdiv(size.n, C.BN)
     if ROWS:
-        i_last = tl.minimum(i_first + C.BN, size.n)
+        lo = tl.program_id(2)
+        hi = lo + 1
     heads = size.h // BH
     for item in range(0, (B // BB) * heads):
         b = own_b + (item // heads)
         h = own_h + (item % heads)
         hk = h // (size.h // size.hk)
-        k = load_columns(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
+        j, in_j, k, phi_k = key_tile(K, tl.program_id(1), b, h, hk, k_strides, x, size, None, C)
         v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
-        phi_k = k
-        if x.phi_k is not None:
-            phi_k = load_factor(x.phi_k, x.phi_k_b, b, h, size.h, size.m, size.r, j, in_j, C.BR, True)
-        for i0 in range(i_first, i_last, C.BN):
-            i = i0 + tl.arange(0, C.BN)
-            in_i = i < size.n
-            q = load_rows(Q, b, h, q_strides, i, in_i, size.d, C.BD, C.dot)
-            phi_q = q
-            if x.phi_q is not None:
-                phi_q = load_factor(x.phi_q, x.phi_q_b, b, h, size.h, size.n, size.r, i, in_i, C.BR, False)
-            p, _ = _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, None, 0, C)
+        for tile in range(lo, hi):
+            i, in_i, q, phi_q = query_tile(Q, tile, b, h, q_strides, x, size, None, C)
+            p, _ = _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, None, 0, True, C)
             do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
+            _, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
             delta = tl.load(DELTA + (b * size.h + h) * size.n + i, mask=in_i, other=0.0)
-            dp = tl.dot(do, v, input_precision=C.precision)
-            if x.post is not None:
-                dp = dp * after(i, j, in_i, in_j, b, h, x)
             acc += p * (dp - delta[:, None])
+    j = tl.program_id(1) * C.BM + tl.arange(0, C.BM)
+    in_j = j < size.m
     if ROWS:
-        i = (i_first + tl.arange(0, C.BN)).to(tl.int64)
+        i = (tl.program_id(2) * C.BN + tl.arange(0, C.BN)).to(tl.int64)
         at = (own * size.n + i[:, None]) * size.m + j[None, :]
         tl.store(DB + at, acc, mask=(i < size.n)[:, None] & in_j[None, :])
     else:

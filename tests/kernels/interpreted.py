@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from kernels.linear import global_state, linear_attention, mala, ops
+from kernels.linear import global_state, linear_attention, mala, ops, taylor
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_interpreter.py"
 
@@ -20,20 +20,23 @@ CALLS = {
     "mala-sum": (mala, {"key_norm": "sum"}),
     "mala-rotated": (mala, {}),
 }
-SIZES = {"N7M65D8E20": (7, 65, 8, 20), "N65M33D20E8": (65, 33, 20, 8), "N1M130D64E64": (1, 130, 64, 64)}
+SIZES = {"N7M65D8E20": (7, 65, 8, 20), "N65M33D20E8": (65, 33, 20, 8)}
 
 
 @pytest.fixture(autouse=True)
 def nan_scratch(monkeypatch):
     """Memory that a kernel forgets to write must show."""
     from kernels.decay import launch as decay_launch
-    from kernels.linear import launch
+    from kernels.linear import launch, taylor_launch
 
     def new(like, *shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
 
     monkeypatch.setattr(launch, "_new", new)
     monkeypatch.setattr(decay_launch, "_new", new)
+    monkeypatch.setattr(taylor_launch, "_new", new)
+    monkeypatch.setattr(taylor, "CHUNK", 16)
+    monkeypatch.setattr(taylor, "SPLIT", 16)
     monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 12)  # three or so splits at these sizes
 
 
@@ -85,6 +88,12 @@ def test_values_and_gradients_fp32(call, sizes):
     compare(call, sizes, torch.float32)
 
 
+@pytest.mark.parametrize("call", ["linear-bias", "mala-rotated"])
+def test_one_query_and_wide_heads(call):
+    """Between them these two launch every branch of every kernel."""
+    compare(call, (1, 130, 64, 64), torch.float32)
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_values_and_gradients_half(call, dtype):
@@ -99,6 +108,43 @@ def test_feature_maps(feature):
 @pytest.mark.parametrize("feature", ["silu", "identity", "dpfp2", "softmax"])
 def test_signed_and_wide_feature_maps(feature):
     compare("linear-none", (5, 19, 8, 8), torch.float32, feature)
+
+
+def test_taylor_features_inside_the_kernels():
+    """Over all keys, over prefixes with keys before every query, and over given prefixes."""
+    compare("linear-bias", (5, 18, 3, 6), torch.float32, "taylor2")
+    compare("linear-bias", (5, 22, 3, 6), torch.float32, "taylor2", causal=True)
+    positions = torch.randint(-1, 7, (2, 12), generator=torch.Generator().manual_seed(2))
+    compare("linear-none", (12, 7, 4, 20), torch.float32, "taylor2", causal=True, positions=positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_taylor_features_half(dtype):
+    compare("linear", (18, 18, 4, 6), dtype, "taylor2", causal=True)
+
+
+def test_taylor_features_twice_and_of_nothing():
+    x = torch.randn(1, 1, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def second(impl, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        out = linear_attention(leaf, leaf.sin(), leaf.cos(), feature="taylor2", causal=True, impl=impl)
+        (first,) = torch.autograd.grad(out.pow(2).sum(), leaf, create_graph=True)
+        (again,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+        return first.double(), again.double()
+
+    for have, want in zip(second("triton", torch.float32), second("reference", torch.float64), strict=True):
+        assert (have - want).abs().max() < 1e-4 * want.abs().max()
+    x, y = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 5, 4, requires_grad=True)
+    square = torch.randn(2, 13, 4, requires_grad=True)
+    torch.library.opcheck(taylor.taylor_state, (x, y))
+    torch.library.opcheck(taylor.taylor_read, (x, square, [1.0, 1.0, 0.5]))
+    torch.library.opcheck(taylor.taylor_slope, (x.detach(), y.detach(), square.detach(), [1.0, 2.0]))
+    empty = linear_attention(x[None, :, :0], x[None], y[None], feature="taylor2", causal=True, impl="triton")
+    assert empty.shape == (1, 2, 0, 4)
+    assert (
+        linear_attention(x[None], x[None, :, :0], y[None, :, :0], feature="taylor2", impl="triton") == 0
+    ).all()
 
 
 def test_non_contiguous_inputs():

@@ -32,6 +32,25 @@ CASES = {
     "cap-factors": (33, 20, 8, 8, 2, 1, {"softcap": 1.5, "factors": (1, 2, 3), "mask": True}),
     "factors-bias": (9, 20, 8, 8, 2, 2, {"factors": (2, 1, 17), "bias": (1, 2, 9, 20), "causal": True}),
     "post": (20, 33, 8, 8, 2, 2, {"post": (1, 2, 20, 33), "causal": True}),
+    "skip": (40, 70, 16, 8, 4, 2, {"skip_threshold": 20.0, "skip_tile": (32, 16), "mask": True}),
+    "skip-causal": (
+        70,
+        50,
+        8,
+        8,
+        2,
+        2,
+        {"skip_threshold": 9.0, "skip_tile": (16, 32), "causal": True, "softcap": 4.0},
+    ),
+    "skip-positions": (
+        40,
+        35,
+        8,
+        8,
+        2,
+        1,
+        {"skip_threshold": 9.0, "skip_tile": (16, 16), "window": (9, 3), "positions": True, "mask": True},
+    ),
     "alibi": (9, 20, 8, 8, 2, 2, {"mod": (softmax.Alibi, [(2,)], {})}),
     "table": (
         9,
@@ -81,7 +100,11 @@ def inputs(case):
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
     leaves = {"q": new(2, h, n, d), "k": new(2, hk, m, d), "v": new(2, hk, m, e)}
-    options = {k: v for k, v in extra.items() if k in ("causal", "window", "softcap")}
+    options = {
+        k: v for k, v in extra.items() if k in ("causal", "window", "softcap", "skip_threshold", "skip_tile")
+    }
+    if "skip_threshold" in extra:
+        leaves["q"] *= 4.0  # scores far apart
     if extra.get("positions"):
         options["positions"] = torch.randint(-1, m, (2, n), generator=gen)
     if extra.get("mask"):
@@ -141,6 +164,28 @@ def test_values_and_gradients_fp32(case):
     compare(case, torch.float32)
 
 
+def test_skipping_drops_what_the_rule_drops_and_nothing_at_zero(monkeypatch):
+    monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 1)  # skipping never splits the keys
+    leaves, options, _, _ = inputs("skip")
+    q, k, v = (leaves[name].float() for name in "qkv")
+    rule = softmax.reference.Skip(options["skip_threshold"], *options["skip_tile"])
+    seen = options["key_mask"][:, None, None].expand(2, 4, 40, 70)
+    scores = (q @ k.repeat_interleave(2, 1).mT) * 0.25
+    dropped = softmax.reference.skipped(scores, seen, rule)[:, :, ::32, ::16]
+    call = (*(None,) * 6, options["key_mask"], None, None)
+    limit = softmax.skipping.log_limit(rule, k, options["key_mask"], None, None, (None, None)).expand(2, 40)
+    kept = ops.softmax_fwd(q, k, v, *call, limit, -1, -1, False, 0.25, 0.0, [], list(options["skip_tile"]))[2]
+    assert torch.equal(kept.bool().unflatten(0, (2, 4)), ~dropped)
+    assert dropped[0].any() and not dropped[0].all()
+    plain = attention(q, k, v, impl="triton", return_lse=True)
+    for a, b in zip(
+        attention(q, k, v, impl="triton", return_lse=True, skip_threshold=1e-30, skip_tile=(32, 16)),
+        plain,
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("case", ["grouped-mask", "bias-keys"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_values_and_gradients_half(case, dtype):
@@ -191,12 +236,16 @@ def test_zero_sizes(shape):
         assert (grad == 0).all()
 
 
-def test_second_derivative_is_exact():
-    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
+@pytest.mark.parametrize("options", [{}, {"skip_threshold": 3.0, "skip_tile": (16, 16)}], ids=["all", "skip"])
+def test_second_derivative_is_exact(options):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 40 if options else 5, 8, generator=gen, dtype=torch.float64)
 
     def second(impl, dtype):
         leaf = x.to(dtype).requires_grad_()
-        out, lse = attention(leaf, leaf.sin(), leaf.cos(), impl=impl, return_lse=True, causal=True)
+        out, lse = attention(
+            4 * leaf, leaf.sin(), leaf.cos(), impl=impl, return_lse=True, causal=True, **options
+        )
         (first,) = torch.autograd.grad(out.pow(2).sum() + lse.sum(), leaf, create_graph=True)
         (again,) = torch.autograd.grad(first.pow(2).sum(), leaf)
         return first.double(), again.double()
@@ -211,7 +260,28 @@ def test_opcheck_and_one_graph():
     phi = torch.randn(1, 2, 5, 3, requires_grad=True)
     table = torch.randn(2, 9, requires_grad=True)
     places = torch.arange(5)[None]
-    call = (q, k, v, bias, phi, phi, table, None, None, mask, places, places, -1, 0, True, 0.3, 2.0, [2, 4])
+    call = (
+        q,
+        k,
+        v,
+        bias,
+        phi,
+        phi,
+        table,
+        None,
+        None,
+        mask,
+        places,
+        places,
+        None,
+        -1,
+        0,
+        True,
+        0.3,
+        2.0,
+        [2, 4],
+        [],
+    )
     torch.library.opcheck(ops.softmax_fwd, call)
     call = lambda q, k, v: attention(q, k, v, impl="triton", causal=True)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

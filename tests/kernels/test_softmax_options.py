@@ -254,10 +254,11 @@ def test_offsets_beyond_int32_are_shapes_only():
     with FakeTensorMode():
         q = torch.empty(b, h, n, d, dtype=torch.bfloat16)
         assert q.numel() > 2**31
-        none = (None,) * 9
-        out, lse = ops.softmax_fwd(q, q, q, *none, -1, -1, False, 1.0, 0.0, [])
+        rest = (*(None,) * 10, -1, -1, False, 1.0, 0.0, [], [64, 32])
+        out, lse, kept = ops.softmax_fwd(q, q, q, *rest)
+        assert kept.shape == (b * h, n // 64, n // 32)
         assert out.shape == q.shape and lse.shape == (b, h, n)
-        grads = ops.softmax_bwd(q, q, q, *none, -1, -1, False, 1.0, 0.0, [], lse, out, lse, False)
+        grads = ops.softmax_bwd(q, q, q, *rest, lse, out, lse, False, kept)
         assert [g.numel() for g in grads] == [q.numel()] * 3 + [0] * 3
         rule = list(block_sparse.PrefixLM(n, 4).code())
         out, lse = sparse_ops.block_sparse_fwd(q, q, q, None, rule, 1.0)

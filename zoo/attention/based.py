@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import linear, local, softmax
+from kernels.linear import taylor2
 from zoo.attention.base import (
     Attention,
     BiasFactors,
@@ -135,7 +136,7 @@ class BasedAttention(Attention):
                     self._taylor(q, self.down_q),
                     self._taylor(k, self.down_k),
                     v[:, w:],
-                    feature=taylor2,
+                    feature="taylor2",
                     key_mask=key_mask,
                     causal=self.causal,
                     positions=positions,
@@ -217,13 +218,4 @@ class BasedAttention(Attention):
 
 def feature_size(dim: int) -> int:
     """Number of Taylor features of `dim` channels."""
-    return 1 + dim + dim * (dim + 1) // 2
-
-
-def taylor2(x: Tensor) -> Tensor:
-    """[..., d'] to [..., 1 + d' + d'(d'+1)/2] with ``phi(x).phi(y) = 1 + x.y + (x.y)^2 / 2``."""
-    dim = x.shape[-1]
-    row, column = torch.triu_indices(dim, dim, device=x.device)
-    # Off the diagonal each product stands for two of the sum: x_i x_j y_i y_j * 2 / 2.
-    factor = torch.ones(len(row), dtype=x.dtype, device=x.device).masked_fill(row == column, 0.5**0.5)
-    return torch.cat((torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * factor), -1)
+    return linear.feature_size("taylor2", dim)
