@@ -7,6 +7,8 @@ import torch
 
 from zoo.attention import list_attention
 from zoo.attention.slots import resolve_slots
+from zoo.bench.peers_recommendation import windows
+from zoo.bench.peers_recommendation_epoch import prefixes
 from zoo.errors import ConfigError, ZooError
 from zoo.models.registry import build_model, model_slots
 from zoo.predict._serving import UserState, blocked_top_k, export_recommender, pad_left
@@ -166,3 +168,14 @@ def test_every_attention_trains_or_says_why_not(name: str, attention: str) -> No
     out[items > 0].square().sum().backward()
     assert out[items > 0].isfinite().all()
     assert model.items.weight.grad.isfinite().all() and model.items.weight.grad.abs().max() > 0
+
+
+def test_every_prefix_of_the_bench_is_one_question() -> None:
+    items, targets = (t[:6] for t in windows())
+    history, last = prefixes(items, targets)
+    asked = [(b, t) for b in range(6) for t in range(items.shape[1]) if targets[b, t] > 0]
+    assert len(history) == len(asked) and int((last > 0).sum()) == len(asked)
+    for row, answer, (b, t) in zip(history, last[:, -1], asked, strict=True):
+        seen = items[b, : t + 1]
+        assert row[-len(seen) :].tolist() == seen.tolist() and not row[: -len(seen)].any()
+        assert answer == targets[b, t]

@@ -163,7 +163,10 @@ def show(found: dict[str, dict[str, float]]) -> None:
     """One line a case."""
     for name, case in found.items():
         verdict = "within" if case["peak"] <= case["limit"] else "ABOVE"
-        extra = f", file {case['file'] / GIB:.2f}" if "file" in case else ""
+        extra = ""
+        if "file" in case:
+            ratio = (case["peak"] - case["before"]) / case["file"]
+            extra = f", file {case['file'] / GIB:.2f}, {ratio:.2f} times the file added"
         print(
             f"{name}: {CASES[name].__doc__} Peak {case['peak'] / GIB:.2f} GiB ({case['before'] / GIB:.2f} before"
             f"{extra}), {verdict} the limit of {case['limit'] / GIB:.2f}; {case['seconds']:.0f} s"

@@ -5,12 +5,15 @@ Item numbers run from 1; 0 is padding, always on the left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from zoo.attention.slots import AttentionFactory
 from zoo.errors import ConfigError, unknown
+from zoo.layers.blocks import TransformerBlock
 from zoo.layers.drop import dropout_or_none
 
 POSITIONS = ("recency", "order", "none")
@@ -107,3 +110,73 @@ class SequenceRecommender(nn.Module):
         """Scores of all items for user vectors, [B, C] -> [B, I]; column i is item number i + 1."""
         table, bias = self.item_table()
         return torch.addmm(bias, users, table.T)
+
+
+class BlockRecommender(SequenceRecommender):
+    """Item embedding, transformer blocks and a final norm.
+
+    Args:
+        attention: Factory for slot "encoder".
+        num_items: Items in the catalogue.
+        max_length: Longest history L.
+        dim: Width C.
+        depth: Number of blocks.
+        num_heads: Heads; must divide `dim`.
+        mlp_ratio: Hidden width of the MLP over `dim`.
+        activation: Of the MLP, see `zoo.layers.mlp.ACTIVATIONS`.
+        norm: "pre" or "post".
+        dropout: After the embedding, the attention and both layers of the MLP.
+        position: "recency", "order" or "none".
+
+    Attributes:
+        extra_tokens: Rows of the table beyond the items.
+    """
+
+    extra_tokens: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        attention: Mapping[str, AttentionFactory],
+        *,
+        num_items: int = 1000,
+        max_length: int = 50,
+        dim: int = 64,
+        depth: int = 2,
+        num_heads: int = 2,
+        mlp_ratio: float = 4.0,
+        activation: str = "gelu",
+        norm: str = "pre",
+        dropout: float = 0.4,
+        position: str = "recency",
+    ) -> None:
+        super().__init__(
+            num_items=num_items,
+            max_length=max_length,
+            dim=dim,
+            dropout=dropout,
+            position=position,
+            extra_tokens=self.extra_tokens,
+        )
+        if depth < 1:
+            raise ConfigError(f"model.depth={depth} must be at least 1")
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                attention["encoder"],
+                dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                norm=norm,
+                dropout=dropout,
+                length=max_length,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.reset_tables()
+
+    def encode(self, items: Tensor, times: Tensor | None = None) -> Tensor:
+        x, mask = self.embed(items)
+        for block in self.blocks:
+            x = block(x, key_mask=mask)
+        return self.norm(x)

@@ -8,84 +8,26 @@ weights, places counted from the latest item.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.attention.base import Pattern, State
-from zoo.attention.slots import AttentionFactory, Slot
+from zoo.attention.slots import Slot
 from zoo.errors import ConfigError
-from zoo.layers.blocks import TransformerBlock
-from zoo.models._sequence import SequenceRecommender
+from zoo.models._sequence import BlockRecommender
 from zoo.models.registry import register_model
 
 
 @register_model
-class SasRec(SequenceRecommender):
-    """Item embedding, causal blocks, a final norm; scores against the same item table.
-
-    Args:
-        attention: Factory for slot "encoder".
-        num_items: Items in the catalogue.
-        max_length: Longest history L.
-        dim: Width C.
-        depth: Number of blocks.
-        num_heads: Heads; must divide `dim`.
-        mlp_ratio: Hidden width of the MLP over `dim`.
-        activation: Of the MLP, see `zoo.layers.mlp.ACTIVATIONS`.
-        norm: "pre" or "post".
-        dropout: After the embedding, the attention and both layers of the MLP.
-        position: "recency", "order" or "none".
-    """
-
-    def __init__(
-        self,
-        attention: Mapping[str, AttentionFactory],
-        *,
-        num_items: int = 1000,
-        max_length: int = 50,
-        dim: int = 64,
-        depth: int = 2,
-        num_heads: int = 2,
-        mlp_ratio: float = 4.0,
-        activation: str = "gelu",
-        norm: str = "pre",
-        dropout: float = 0.4,
-        position: str = "recency",
-    ) -> None:
-        super().__init__(
-            num_items=num_items, max_length=max_length, dim=dim, dropout=dropout, position=position
-        )
-        if depth < 1:
-            raise ConfigError(f"model.depth={depth} must be at least 1")
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                attention["encoder"],
-                dim,
-                num_heads,
-                mlp_ratio=mlp_ratio,
-                activation=activation,
-                norm=norm,
-                dropout=dropout,
-                length=max_length,
-            )
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(dim)
-        self.reset_tables()
+class SasRec(BlockRecommender):
+    """Causal blocks; scores against the item table of the inputs."""
 
     @classmethod
     def slots(cls, **options: Any) -> dict[str, Slot]:
         """One slot: every block looks back over the history, which is padded on the left."""
         return {"encoder": Slot(Pattern.CAUSAL_SELF, key_mask=True, length_known=True)}
-
-    def encode(self, items: Tensor, times: Tensor | None = None) -> Tensor:
-        x, mask = self.embed(items)
-        for block in self.blocks:
-            x = block(x, key_mask=mask)
-        return self.norm(x)
 
     # ---------------------------------------------------------------- one event at a time
 
