@@ -14,8 +14,6 @@ from zoo.pretrained.storage import encode
 from zoo.pretrained.weights import build_from_card, card_path, read_card, read_tensors, save_tensors
 
 MAX_BYTES, MAX_TOTAL_BYTES = 2 * 2**20, 20 * 2**20
-# Two-sided 95 % of Student's t by degrees of freedom.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 # Metrics that are a share of independent test samples, by task. (A pixel accuracy or COCO's recall is not.)
 _SHARES = {
     "vit": re.compile(r"accuracy"),
@@ -99,6 +97,8 @@ def intervals(card: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ())
         `{"method": what it covers, metric: [low, high], ...}`.
     """
     if others:
+        from scipy.stats import t as student
+
         for other in others:
             if (
                 other["model"] != card["model"]
@@ -114,7 +114,7 @@ def intervals(card: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ())
             values = [run["metrics"][metric] for run in runs]
             mean = math.fsum(values) / count
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-            half = _T95.get(count - 1, 1.96) * spread / math.sqrt(count)
+            half = float(student.ppf(0.975, count - 1)) * spread / math.sqrt(count)
             found[metric] = [mean - half, mean + half]
         return found
     size = card["data"]["split"].get("sizes", {}).get("test", 0)
