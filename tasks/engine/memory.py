@@ -41,11 +41,7 @@ def smaller_batch(cfg: DictConfig, folder: Path, error: BaseException) -> DictCo
             f"give an even batch size. Cause: {str(error).splitlines()[0]}"
         ) from error
     found = OmegaConf.create(plain(cfg))
-    found.data.batch_size = size // 2
-    evaluation = OmegaConf.select(cfg, "data.eval_batch_size")
-    if evaluation:
-        found.data.eval_batch_size = max(1, evaluation // 2)
-    found.trainer.accumulate_grad_batches = 2 * cfg.trainer.accumulate_grad_batches
+    _halve(found)
     events = [*(plain(cfg).get("out_of_memory") or []), {"batch_size": size, "next_batch_size": size // 2}]
     found.out_of_memory = events
     write_json(folder / RECORD, events)
@@ -64,7 +60,14 @@ def remembered(cfg: DictConfig, folder: Path) -> DictConfig:
     found = OmegaConf.create(plain(cfg))
     for event in json.loads((folder / RECORD).read_text()):
         if found.data.batch_size == event["batch_size"]:
-            found.data.batch_size = event["next_batch_size"]
-            found.trainer.accumulate_grad_batches *= 2
+            _halve(found)
     found.out_of_memory = json.loads((folder / RECORD).read_text())
     return found
+
+
+def _halve(cfg: DictConfig) -> None:
+    """Half the batches of training and evaluation, twice the accumulation."""
+    cfg.data.batch_size //= 2
+    if cfg.data.get("eval_batch_size"):
+        cfg.data.eval_batch_size = max(1, cfg.data.eval_batch_size // 2)
+    cfg.trainer.accumulate_grad_batches *= 2

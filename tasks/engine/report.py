@@ -27,6 +27,8 @@ HIGHER_IS_BETTER = (
     "gauc",
     "iou",
     "precision",
+    "score",
+    "gain",
 )
 
 

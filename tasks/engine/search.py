@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.engine.build import plain
-from tasks.engine.folder import write_json
+from tasks.engine.folder import RunFolder, write_json
+from tasks.engine.run import quiet, train
 from zoo.errors import ConfigError, ZooError
 
 KEY = "task.lr"
@@ -31,7 +32,7 @@ def search(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     try:
         import optuna
     except ImportError:
-        raise ConfigError('sweep=lr needs optuna: pip install "attention-zoo[sweep]"') from None
+        raise ConfigError('sweep=lr needs optuna: pip install -e ".[sweep]"') from None
     options = plain(cfg.sweep)
     if options["trials"] < 1 or options["factor"] <= 1 or not 0 < options["epochs"] <= 1:
         raise ConfigError("sweep: trials must be >= 1, factor > 1 and epochs in (0, 1]")
@@ -72,9 +73,6 @@ def _trial_config(cfg: DictConfig, rate: float, share: float) -> DictConfig:
 
 def _outcome(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Validation of one trial; a trial that fails has a reason instead."""
-    from tasks.engine.folder import RunFolder
-    from tasks.engine.run import quiet, train
-
     path = folder / "trial.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -83,7 +83,10 @@ def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 
         loggers.append(build_wandb(cfg, folder, options))
     elif name == "tensorboard":
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        try:
+            loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        except ModuleNotFoundError:
+            raise ConfigError("logger=tensorboard needs tensorboard: pip install tensorboard") from None
     elif name != "csv":
         raise ConfigError(f"logger.name={name!r}: choose csv, wandb or tensorboard")
     return loggers

@@ -85,6 +85,19 @@ def test_memory_that_is_never_enough_is_said(tmp_path, monkeypatch, capsys):
     assert "out of memory with data.batch_size=3, which cannot be halved" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_keeps_its_smaller_batches(tmp_path):
+    from omegaconf import OmegaConf
+
+    from tasks.engine.memory import remembered, smaller_batch
+
+    sizes = {"batch_size": 8, "eval_batch_size": 6}
+    cfg = OmegaConf.create({"data": sizes, "trainer": {"accumulate_grad_batches": 1}})
+    with pytest.warns(UserWarning, match="going on with 4, gradients of 2 batches a step"):
+        smaller = smaller_batch(cfg, tmp_path, MemoryError("no more"))
+    assert smaller.data == {"batch_size": 4, "eval_batch_size": 3}
+    assert remembered(cfg, tmp_path) == smaller
+
+
 def test_memory_that_runs_out_in_one_of_many_processes_is_said(tmp_path):
     """The others wait inside a step: no batch is halved behind their backs."""
     import torch.distributed as dist

@@ -7,7 +7,9 @@ from tasks.engine.leaderboard import mean_interval, summarise
 from tasks.engine.leaderboard_figure import pareto
 from tasks.engine.leaderboard_page import page
 from tasks.engine.leaderboard_text import markdown
+from tasks.engine.report import higher_is_better
 from tasks.engine.statistics import compositional_index, paired_bootstrap, rank
+from tasks.registry import get_task
 
 
 def result(attention, seed, accuracy, task="vit"):
@@ -39,6 +41,14 @@ def test_mean_and_interval():
     # Student's t, two degrees of freedom: 4.3027 times deviation 1 over the root of 3.
     assert mean == 2.0 and half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
     assert mean_interval([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    "kind", ["classification", "ctr", "mqar", "operator", "recommendation", "tabular_multitask", "traffic"]
+)
+def test_the_table_and_the_task_agree_on_which_way_is_better(kind):
+    task = get_task(kind)
+    assert higher_is_better(task.monitor) == (task.mode == "max")
 
 
 def test_rows_are_grouped_and_ordered_by_the_metric():

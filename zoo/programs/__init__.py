@@ -224,7 +224,7 @@ def _need(*packages: str) -> None:
     absent = [p for p in packages if importlib.util.find_spec(p) is None]
     if absent:
         raise ConfigError(
-            f"export to ONNX needs {', '.join(absent)}: pip install 'attention-zoo[export]' (torch_export needs nothing)"
+            f"export to ONNX needs {', '.join(absent)}: pip install -e '.[export]' (torch_export needs nothing)"
         )
 
 
