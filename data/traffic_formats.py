@@ -74,8 +74,11 @@ def read_graph(path: Path, series: Series, *, sigma: float | None, cut: float) -
     if suffix in (".pkl", ".pickle"):
         ids, matrix = read_pickled_graph(path)
     elif suffix in (".npy", ".npz"):
-        loaded = np.load(path, allow_pickle=False)
-        matrix = loaded if suffix == ".npy" else loaded[loaded.files[0]]
+        try:
+            loaded = np.load(path, allow_pickle=False)
+            matrix = loaded if suffix == ".npy" else loaded[loaded.files[0]]
+        except (OSError, ValueError, EOFError, IndexError) as error:
+            raise DataError(f"data.adjacency={path} is no readable array: {error}") from None
     elif suffix == ".csv":
         header = path.open(encoding="utf-8-sig").readline().lower()
         if "from" in header and "to" in header:
@@ -95,10 +98,10 @@ def _csv_matrix(path: Path) -> tuple[list[str] | None, np.ndarray]:
 
     table = pd.read_csv(path, header=None, dtype=str)
     numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    if np.isnan(numbers[0, 0]) or table.shape[0] == table.shape[1] == 0:
-        return [str(name) for name in table.iloc[0, 1:]], numbers[1:, 1:]
-    if table.shape[0] == table.shape[1] + 1:
+    if table.shape[0] == table.shape[1] + 1:  # a header alone
         return [str(name) for name in table.iloc[0]], numbers[1:]
+    if np.isnan(numbers[0, 0]):
+        return [str(name) for name in table.iloc[0, 1:]], numbers[1:, 1:]
     return None, numbers
 
 

@@ -127,7 +127,7 @@ def test_malicious_pickle_executes_nothing(tmp_path, protocol):
 def test_numpy_object_arrays_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array([Evil(str(tmp_path / "owned"))], dtype=object), allow_pickle=True)
     series = regular(hours(3), np.ones((3, 2)), ["a", "b"])
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(DataError, match="a.npy is no readable array.*allow_pickle"):
         read_graph(tmp_path / "a.npy", series, sigma=None, cut=0.1)
     assert not (tmp_path / "owned").exists()
 
@@ -140,6 +140,9 @@ def test_adjacency_csv_with_and_without_ids(tmp_path):
     np.testing.assert_allclose(plain, [[1, 0.5], [0.25, 1]])
     named = read_graph(tmp_path / "named.csv", series, sigma=None, cut=0.1)
     np.testing.assert_allclose(named, [[1, 0.25], [0.5, 1]])
+    (tmp_path / "header.csv").write_text("b,a\n1,0.5\n0.25,1\n")
+    header = read_graph(tmp_path / "header.csv", series, sigma=None, cut=0.1)
+    np.testing.assert_allclose(header, [[1, 0.25], [0.5, 1]])
 
 
 def test_distance_csv_by_number_and_by_name(tmp_path):
