@@ -174,7 +174,7 @@ def fetch_all(names: list[str] | None = None, report: Callable[[str], None] = pr
     for name in names or list(SOURCES):
         try:
             paths[name] = fetch(name)
-            report(f"{name}: {paths[name].name} ({source(name).licence})")
+            report(f"{name}: {paths[name]}  ({source(name).licence})")
         except DataError as error:
             failures.append(str(error))
             report(f"{name}: FAILED")

@@ -14,7 +14,7 @@ COMMANDS = {
     "verify": "evaluate weights again and compare with their cards",
     "report": "leaderboard over any run folders",
     "fetch": "bring data sets into the cache, for machines without network",
-    "docs": "write the generated tables of README anew",
+    "docs": "write README's tables and the pages in docs/tasks anew",
     "bench": "time a task's training step or the operations",
 }
 

@@ -90,6 +90,8 @@ def main(argv: list[str]) -> int:
     card["swapped"] = [*card.get("swapped", []), change]
     card["attention"] = f"{card['attention']}+{attention}" if args.layers else attention
     card["metrics"] = scores["after"]
+    for stale in ("interval", "metrics_before_rounding"):  # of the weights before
+        card.pop(stale, None)
     card["converted_from"] = {"sha256": card.pop("sha256", None), "report": str(report)}
     save_weights(args.out, taught, {k: v for k, v in card.items() if k not in ("format", "bytes", "storage")})
     print(f"wrote {args.out}")

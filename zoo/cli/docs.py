@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from zoo.cli.list import HEAD, capability_rows, markdown_table
-from zoo.cli.task_pages import chosen, first_comment, task_pages
+from zoo.cli.list import HEAD, capability_rows, first_comment, markdown_table
+from zoo.cli.task_pages import chosen, task_pages
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import argparse
 
 
 def main(argv: list[str]) -> int:
-    from data.carriers import SOURCES, fetch
+    from data.carriers import SOURCES, fetch_all
     from zoo.errors import unknown
 
     parser = argparse.ArgumentParser(
@@ -18,6 +18,5 @@ def main(argv: list[str]) -> int:
     for name in names:
         if name not in SOURCES:
             raise unknown("data source", name, SOURCES)
-    for name in names:
-        print(f"{name}: {fetch(name)}  ({SOURCES[name].licence})")
+    fetch_all(names)
     return 0

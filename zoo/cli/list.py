@@ -77,6 +77,12 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def first_comment(file: Path) -> str:
+    """What a configuration file says about itself."""
+    lines = file.read_text().splitlines()
+    return next((x[2:].strip() for x in lines if x.startswith("# ") and "@package" not in x), "")
+
+
 def weights_rows(task: str | None, attention: str | None) -> list[str]:
     """One line per named weights: task, and the test metrics that its card names first."""
     from zoo.pretrained.weights import list_weights, read_card, resolve
@@ -119,13 +125,5 @@ def main(argv: list[str]) -> int:
     else:
         group = {"tasks": "task"}.get(args.kind, args.kind)
         for file in sorted((CONF / group).glob("*.yaml")):
-            comment = next(
-                (
-                    line[1:].strip()
-                    for line in file.read_text().splitlines()
-                    if line.startswith("# ") and "@" not in line
-                ),
-                "",
-            )
-            print(f"{file.stem:22} {comment}")
+            print(f"{file.stem:22} {first_comment(file)}")
     return 0

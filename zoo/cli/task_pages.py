@@ -9,21 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from zoo.cli.list import markdown_table
+from zoo.cli.list import first_comment, markdown_table
 from zoo.models.registry import get_model
 from zoo.pretrained.weights import list_weights, read_card, resolve
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 _OPTION = re.compile(r"^(?P<indent> *)(?P<key>\w+): *(?P<value>.*?)(?: +# (?P<text>.*))?$")
-
-
-def first_comment(file: Path) -> str:
-    """What a configuration file says about itself."""
-    lines = [
-        line for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line
-    ]
-    return lines[0][2:].strip() if lines else ""
 
 
 def chosen(file: Path) -> dict[str, str]:

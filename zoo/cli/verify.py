@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from zoo.errors import WeightsError, ZooError
 
@@ -53,7 +54,9 @@ def test_metrics(task, data, cfg) -> dict[str, float]:
 
 
 def agrees(card: float, now: float) -> bool:
-    """Equal to three digits."""
+    """Equal to three digits; what is undefined (NaN) has to stay so."""
+    if math.isnan(card) or math.isnan(now):
+        return math.isnan(card) and math.isnan(now)
     return abs(card - now) <= 1e-3 * max(abs(card), 1e-9) + 1e-9
 
 
