@@ -127,10 +127,11 @@ class Objective:
         return [partial(piece, *rows) for rows in cut]
 
     def _cut(self, c: Condition) -> Iterator[tuple[Condition, int]]:
-        """A condition's points in pieces, each with the number of all points."""
-        count = count_pieces(
-            len(c.points), 4 * self.chunk, self.device
-        )  # values need a fraction of a residual's space
+        """A condition's points in pieces, each with the number of all points.
+
+        They may be longer than those of the residual: values need a fraction of the space of derivatives.
+        """
+        count = count_pieces(len(c.points), 4 * self.chunk, self.device)
         for points, values in zip(c.points.tensor_split(count), c.values.tensor_split(count), strict=True):
             yield replace(c, points=points, values=values), len(c.points)
 
