@@ -141,8 +141,9 @@ class ClickThrough(ZooTask):
         """Tables apart from the rest, and those of attention apart from those of representation."""
         out = super().configure_optimizers()
         optimizer, schedule = out["optimizer"], out["lr_scheduler"]["scheduler"].lr_lambdas[0]
-        own = self.model.compare is not self.model.represent
-        search = list(self.model.compare.parameters()) if own else []
+        compare = getattr(self.model, "compare", None)  # a model from elsewhere need not have it
+        own = compare is not None and compare is not self.model.represent
+        search = list(compare.parameters()) if own else []
         seen = {id(p) for p in search}
         others = [p for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
         others = [p for p in others if id(p) not in seen]
