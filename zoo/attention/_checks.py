@@ -115,24 +115,12 @@ class ContractChecks(nn.Module):
         return keys, values, dict(key_mask=key_mask, bias=bias, grid=grid, positions=positions)
 
     def _check_bias(self, bias: Tensor | BiasFactors) -> None:
-        from zoo.attention.registry import list_attention
+        from zoo.attention.registry import get_attention, list_attention
 
         kind = "factors" if isinstance(bias, BiasFactors) else "key" if bias.shape[-2] == 1 else "full"
-        accepted = {
-            None: (),
-            "key": ("key",),
-            "factors": ("key", "factors"),
-            "full": ("key", "factors", "full"),
-        }
-        if kind not in accepted[self.capabilities.bias]:
-            able = [n for n in list_attention(pattern=self.pattern) if _takes_bias(n, kind)]
+        if not self.capabilities.takes_bias(kind):
+            names = list_attention(pattern=self.pattern)
+            able = [n for n in names if get_attention(n).capabilities.takes_bias(kind)]
             raise CapabilityError(
                 f"attention {self.name!r} takes no {kind} bias; variants that do: {', '.join(able)}"
             )
-
-
-def _takes_bias(name: str, kind: str) -> bool:
-    from zoo.attention.registry import get_attention
-
-    order = [None, "key", "factors", "full"]
-    return order.index(get_attention(name).capabilities.bias) >= order.index(kind)

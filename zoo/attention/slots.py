@@ -15,7 +15,6 @@ from zoo.attention.registry import check_options, create_attention, get_attentio
 from zoo.errors import CapabilityError, unknown
 
 FALLBACK = "softmax"
-_BIAS_ORDER = (None, "key", "factors", "full")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def misfit(name: str, slot: Slot, allow_order: bool = False) -> str | None:
         return f"does not define pattern {slot.pattern.value!r}"
     if slot.key_mask and not can.key_mask:
         return "takes no key mask"
-    if _BIAS_ORDER.index(slot.bias) > _BIAS_ORDER.index(can.bias):
+    if not can.takes_bias(slot.bias):
         return f"takes no {slot.bias} bias"
     if not slot.ordered and can.needs_order(slot.pattern) and not allow_order:
         return "depends on the order of its tokens, which these do not have (attention.allow_order=true overrides)"

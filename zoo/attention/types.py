@@ -57,6 +57,10 @@ class BiasFactors(NamedTuple):
         return self.query @ self.key.transpose(-2, -1)
 
 
+BIAS_KINDS = (None, "key", "factors", "full")
+"""Each takes what stands before it, too."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What a variant defines. The contract tests prove every line.
@@ -96,6 +100,10 @@ class Capabilities:
     has_map: bool = False
     signed_map: bool = False
     has_scores: bool = False
+
+    def takes_bias(self, kind: str | None) -> bool:
+        """Whether a bias of this kind ("key", "factors", "full"; None: no bias) is taken."""
+        return BIAS_KINDS.index(kind) <= BIAS_KINDS.index(self.bias)
 
     def needs_order(self, pattern: Pattern) -> bool:
         """Whether the mechanism is refused on sets in this pattern."""

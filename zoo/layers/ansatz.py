@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +112,3 @@ def cavity(points: Tensor, raw: Tensor, sharpness: float = 50.0) -> Tensor:
     across, up = (w * (w + 0.05).reciprocal() for w in (x * (1.0 - x), y * (1.0 - y)))
     inside = across * up
     return torch.cat((lid + inside * raw[:, 0:1], inside * raw[:, 1:2], raw[:, 2:]), dim=1)
-
-
-def apply_ansatz(name: str, points: Any, raw: Any, options: dict[str, Any] | None = None) -> Any:
-    """Fields from raw outputs."""
-    return get_ansatz(name)(points, raw, **(options or {}))

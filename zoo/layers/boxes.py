@@ -43,9 +43,7 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of corner boxes of one shape (or broadcastable), [..., 4] to [...]."""
-    inner = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    )
+    inner = _overlap(a, b)
     outer = (
         (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     )
@@ -55,10 +53,14 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of corner boxes of one shape, [..., 4] to [...]."""
-    inner = (
+    inner = _overlap(a, b)
+    return inner / (_area(a) + _area(b) - inner).clamp(min=1e-9)
+
+
+def _overlap(a: Tensor, b: Tensor) -> Tensor:
+    return (
         (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     )
-    return inner / (_area(a) + _area(b) - inner).clamp(min=1e-9)
 
 
 def _area(boxes: Tensor) -> Tensor:

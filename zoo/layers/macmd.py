@@ -13,15 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.layers.pyramid import ConvUnit, map_of
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear")
+from zoo.layers.seg_heads import resize
 
 
 class DilatedExchange(nn.Module):
@@ -67,11 +63,11 @@ class ScalePooling(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         size = maps[1].shape[-2:]
-        same = [_resize(m, size) for m in maps]
+        same = [resize(m, size) for m in maps]
         share = torch.stack([s(m) for s, m in zip(self.score, same, strict=True)]).softmax(0)
         pooled = (share * torch.stack(same)).sum(0)
         return [
-            m * (1 + _resize(f(pooled), m.shape[-2:]).sigmoid())
+            m * (1 + resize(f(pooled), m.shape[-2:]).sigmoid())
             for f, m in zip(self.modulate, maps, strict=True)
         ]
 
@@ -111,16 +107,16 @@ class MacmdHead(nn.Module):
             tuple(-(-g // 2) for g in grid),
         ]
         levels = [
-            _resize(project(map_of(f, grid)), size)
+            resize(project(map_of(f, grid)), size)
             for project, f, size in zip(self.project, features, sizes, strict=True)
         ]
         for skip, level, x in zip(self.skip, self.levels, stem, strict=True):
             if 0 <= level < 2:
-                levels[level] = levels[level] + _resize(skip(x), levels[level].shape[-2:])
+                levels[level] = levels[level] + resize(skip(x), levels[level].shape[-2:])
         levels = self.pool(levels)
         out = levels[3]
         for i in (2, 1, 0):
-            out = self.fuse[i](torch.cat((self.gates[i](levels[i]), _resize(out, levels[i].shape[-2:])), 1))
+            out = self.fuse[i](torch.cat((self.gates[i](levels[i]), resize(out, levels[i].shape[-2:])), 1))
         peak, mean = out.amax((2, 3), keepdim=True), out.mean((2, 3), keepdim=True)
         out = out * (self.channel(peak) + self.channel(mean)).sigmoid()
         summary = torch.cat((out.amax(1, keepdim=True), out.mean(1, keepdim=True)), 1)
