@@ -174,11 +174,7 @@ class SpeechData(ZooData):
     def _build_tokeniser(self, texts: Sequence[str]) -> Tokeniser:
         if not texts:
             raise DataError(f"data {self.name!r}: no usable training utterance{self._first_reasons()}")
-        alphabet = self.characters
-        if alphabet is None:
-            alphabet = (
-                PLAIN_CHARACTERS if self.normaliser == "plain-1" else "".join(sorted(set("".join(texts))))
-            )
+        alphabet = self._fixed_alphabet() or "".join(sorted(set("".join(texts))))
         if self.tokeniser_kind == "bpe":
             known = set(alphabet)
             return BpeTokeniser([t for t in texts if set(t) <= known], self.bpe_size, alphabet)

@@ -66,6 +66,11 @@ class ZooTask(L.LightningModule):
         super().__init__()
         if lr <= 0:
             raise ConfigError(f"task.lr={lr} must be positive")
+        for name, value in (("weight_decay", weight_decay), ("auxiliary_weight", auxiliary_weight)):
+            if value < 0:
+                raise ConfigError(f"task.{name}={value} must not be negative")
+        if not 0 <= min_lr_fraction <= 1:
+            raise ConfigError(f"task.min_lr_fraction={min_lr_fraction} is outside [0, 1]")
         if not 0 <= warmup_fraction < 1:
             raise ConfigError(f"task.warmup_fraction={warmup_fraction} is outside [0, 1)")
         if schedule not in ("cosine", "constant"):
@@ -165,7 +170,7 @@ class ZooTask(L.LightningModule):
 
     def _log_metrics(self, split: str) -> None:
         values = self.compute_metrics(split)
-        self.log_dict({f"{split}/{k}": float(v) for k, v in values.items()}, prog_bar=split == "valid")
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, prog_bar=split == "valid")
         self.metrics[split].reset()
 
     def total_steps(self) -> int:

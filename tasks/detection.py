@@ -65,13 +65,16 @@ class Detection(ZooTask):
         for key, value in (
             ("class_weight", class_weight),
             ("l1_weight", l1_weight),
+            ("delta_weight", delta_weight),
             ("giou_weight", giou_weight),
             ("many_weight", many_weight),
+            ("no_object_weight", no_object_weight),
         ):
             if value < 0:
                 raise ConfigError(f"task.{key}={value} must not be negative")
-        if many_repeat < 1 or max_detections < 1:
-            raise ConfigError("task.many_repeat and task.max_detections must be at least 1")
+        for key, count in (("many_repeat", many_repeat), ("max_detections", max_detections)):
+            if count < 1:
+                raise ConfigError(f"task.{key}={count} must be at least 1")
         data.require("boxes", "detr")
         self.__dict__["_truth_of"] = data.ground_truth
         if pretrained_backbone:

@@ -68,3 +68,13 @@ def test_commands_run_nothing_that_a_pickle_asks_for(tmp_path, capsys, suffix):
         assert main(command) > 0
         assert "safetensors.torch.save_file" in "".join(capsys.readouterr())
     assert not (tmp_path / "executed").exists()
+
+
+def test_traffic_takes_the_time_of_a_forecast_as_it_takes_the_readings_times():
+    from datetime import datetime
+
+    from zoo.predict.traffic import TaskPredictor
+
+    predictor = TaskPredictor(None, {})
+    predictor.options({"at": "2025-01-01T06:00+02:00"})
+    assert predictor.at == datetime(2025, 1, 1, 6)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from zoo.errors import ConfigError, unknown
 from zoo.layers.windows import sliding_window
-from zoo.predict import Predictor
+from zoo.predict import COMMON_OPTIONS, Predictor
 from zoo.predict._scenes import SUFFIXES, fit, open_image, pixels_of
 
 
@@ -34,7 +34,7 @@ class TaskPredictor(Predictor):
                 raise ConfigError(f"--window {side}: give a number of pixels, or train")
             self.window = (int(side), int(side))
         for name in given:
-            raise unknown("option of predict:", f"--{name}", ("--window", "--json"))
+            raise unknown("option of predict:", f"--{name}", ("--window", *COMMON_OPTIONS))
         return []
 
     def inputs(self, arguments: list[str]) -> Iterator[str]:

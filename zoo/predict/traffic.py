@@ -33,7 +33,7 @@ class TaskPredictor(Predictor):
             if name != "at":
                 raise unknown("option of predict:", f"--{name}", ("--at", *COMMON_OPTIONS))
             try:
-                self.at = datetime.fromisoformat(value)
+                self.at = datetime.fromisoformat(value).replace(tzinfo=None)  # as the readings' times
             except ValueError:
                 raise ConfigError(f"--at {value!r} is no time such as 2025-12-31T18:00") from None
         return []
@@ -64,7 +64,9 @@ class TaskPredictor(Predictor):
                 "readings need an empty column"
             )
         readings: Readings = {}
-        for number, row in enumerate((r for r in rows if r), 2):
+        for number, row in enumerate(rows, 2):
+            if not row:
+                continue
             try:
                 time = datetime.fromisoformat(row[0])
                 readings[time.replace(tzinfo=None)] = [_number(row[place[name]]) for name in sensors]
