@@ -1,7 +1,7 @@
 """A pass over users with all positions trained at once, beside one with a sample per prefix, as RecBole makes them.
 
-RecBole's own epoch over MovieLens-100K has 97,171 prefixes, 760 steps of about 310 ms on two cores of the machine where
-it was tried: 235 s, of which its network is about two thirds. Here the network is the plain one for every prefix.
+RecBole 1.2.1 needs 760 steps of 128 prefixes for an epoch of MovieLens-100K, about 310 ms each on two cores: 235 s,
+computed from the step and not run in full. Here the peer is the plain network of `peers_recommendation`.
 """
 
 from __future__ import annotations
