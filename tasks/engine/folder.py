@@ -69,6 +69,8 @@ class RunFolder:
         self._lock = open(path / ".lock", "a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock.fileno()).st_nlink == 0:
+                raise BlockingIOError("its owner removed it between our two calls")
         except OSError:
             self._lock.close()
             raise ConfigError(
@@ -83,8 +85,9 @@ class RunFolder:
 
     def __exit__(self, *exc: object) -> None:
         if self._lock is not None:
-            self._lock.close()
+            # Removed while it is held: who opened it before then holds a file that is not in the folder.
             (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
 
 
 def is_main_process() -> bool:
