@@ -153,7 +153,13 @@ def draw(found: Found, path: Path) -> None:
     )
     styles = dict(zip(names, (("-", "--", ":")[i % 3] for i in range(len(names))), strict=True))
     figure, axes = plt.subplots(
-        2, len(found), figsize=(4.2 * len(found) + 2.2, 7.5), squeeze=False, sharex=True, sharey="row", layout="constrained"
+        2,
+        len(found),
+        figsize=(4.2 * len(found) + 2.2, 7.5),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
     )
     for column, (pattern, by) in zip(axes.T, found.items(), strict=True):
         for name, growth in by.items():

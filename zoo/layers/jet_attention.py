@@ -36,7 +36,9 @@ class _Softmax(Function):
 
 def softmax_stack(ring: Algebra, s: Tensor) -> Tensor:
     """Softmax of score channels [P, ..., M], by p = e / sum(e)."""
-    p0 = (s[0] - s[0].amax(-1, keepdim=True)).exp_()  # torch's softmax takes five times as long on rows of five
+    p0 = (
+        s[0] - s[0].amax(-1, keepdim=True)
+    ).exp_()  # torch's softmax takes five times as long on rows of five
     p0.div_(p0.sum(-1, keepdim=True))
     # e / e[0]: exp of the non-constant part; q = p0 * that sums to 1 + z, and p = q / (1 + z).
     ones = [1.0 / math.factorial(k) for k in range(ring.degree + 1)]
