@@ -241,9 +241,11 @@ def packaged_folder() -> Path:
 def build_from_card(card: dict[str, Any]) -> nn.Module:
     """The model that a card describes, with fresh parameters."""
     description, slots = card["model"], get_model(card["model"]["name"]).slots(**card["model"]["options"])
+    # In places without order a variant leaves its positions out, unless the run overrode that.
+    allow_order = bool(card.get("config", {}).get("attention", {}).get("allow_order"))
     try:
         factories = {
-            name: AttentionFactory(slots[name], chosen["name"], chosen["options"], allow_order=True)
+            name: AttentionFactory(slots[name], chosen["name"], chosen["options"], allow_order=allow_order)
             for name, chosen in card["slots"].items()
         }
     except KeyError as error:
