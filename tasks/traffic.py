@@ -74,7 +74,7 @@ class Traffic(ZooTask):
         return MetricCollection({"errors": HorizonErrors(self.horizon, steps, mape_min)})
 
     def forecast(self, batch: Batch) -> Tensor:
-        """Readings [B, Q, N]."""
+        """Readings [B, Q, N]; of an ensemble in training, each member's, [B, k, Q, N]."""
         return self.model(**{k: batch[k] for k in INPUTS if k in batch})
 
     def hide(self, batch: Batch) -> Batch:
@@ -93,9 +93,10 @@ class Traffic(ZooTask):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.hide(batch)
-        return {
-            "mae": masked_mae(self.forecast(batch), batch["target"], batch["target_seen"]) / self.loss_unit
-        }
+        forecast, target, seen = self.forecast(batch), batch["target"], batch["target_seen"]
+        if forecast.dim() == 4:  # the mean of the members' losses, not the loss of their mean
+            target, seen = (t[:, None].expand_as(forecast) for t in (target, seen))
+        return {"mae": masked_mae(forecast, target, seen) / self.loss_unit}
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
         forecast = self.forecast(batch)

@@ -161,3 +161,25 @@ def test_graph_and_statistics_reach_the_model(roads):
     torch.nn.init.zeros_(task.model.head.weight)
     future = (batch["clock"][:, None] + 6 + torch.arange(6)) % 168
     torch.testing.assert_close(task.model(**zero), torch.from_numpy(roads.profile)[future])
+
+
+def test_members_of_an_ensemble_learn_alone_and_answer_together(roads):
+    ensemble = make_task(roads, "traffic_ensemble", members=2, options={"patch_steps": 6, "dropout": 0.0})
+    batch = roads.dataset("train")[BatchKey(np.arange(40, 44), 0, 0)]
+    ensemble.losses(batch)["mae"].backward()
+    forecasts = []
+    for member in ensemble.model.networks:
+        alone = Traffic(member, roads)
+        got = [p.grad.clone() for p in member.parameters()]
+        member.zero_grad()
+        alone.losses(batch)["mae"].backward()
+        for grad, parameter in zip(got, member.parameters(), strict=True):
+            torch.testing.assert_close(2 * grad, parameter.grad)
+        forecasts.append(alone.forecast(batch))
+    assert not torch.equal(*forecasts)
+    ensemble.eval()
+    torch.testing.assert_close(ensemble.forecast(batch), sum(forecasts) / 2)
+    with pytest.raises(ConfigError, match="num_sensors comes from the data"):
+        make_task(roads, "traffic_ensemble", options={"num_sensors": 3})
+    with pytest.raises(ConfigError, match="did you mean 'staeformer'"):
+        make_task(roads, "traffic_ensemble", network="staformer")
