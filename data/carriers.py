@@ -24,6 +24,7 @@ from filelock import FileLock
 
 from data.errors import DataError
 from data.sources import SOURCES, Source
+from zoo.files import write_whole
 
 __all__ = [
     "SOURCES",
@@ -185,17 +186,7 @@ def fetch_all(names: list[str] | None = None, report: Callable[[str], None] = pr
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that other processes see either nothing or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(scratch, 0o644)  # scratch files are private, but a cache may be shared
-        os.replace(scratch, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(scratch)
-        raise
+    write_whole(path, lambda p: p.write_bytes(content))
 
 
 def _download(name: str, spec: Source, scratch: Path) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ConfigError, ZooError
+from zoo.files import write_whole
 
 PACKAGES = (
     "torch torchvision torchaudio triton timm torch-geometric lightning hydra-core wandb torchmetrics numpy scipy "
@@ -27,14 +28,10 @@ class DiskFull(ZooError, OSError):
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then move it into place; leaves nothing on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """`write_whole` for a run's files: a full disk is told with the way to go on."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        write_whole(path, write)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # torch's zip writer reports a short write as RuntimeErrors of its own.
         short = ("file write failed", "No space left", "inline_container")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.commands import run
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "data=digits",
@@ -20,34 +22,30 @@ SMALL = [
 ]
 
 
-def train(folder, *overrides):
+def side_by_side(*overrides):
+    """Processes that Lightning starts itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "train.py",
-        *SMALL,
-        *overrides,
-        "callbacks.progress=none",
-        f"hydra.run.dir={folder}",
-    ]
+    command = [sys.executable, "train.py", *overrides, "trainer=ddp", "trainer.accelerator=cpu"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.slow
 def test_ddp_equals_one_process(tmp_path):
     """Without augmentation and dropout, two processes with half the batch take the same steps."""
     common = [
+        *SMALL,
         "trainer.max_epochs=1",
         "trainer.gradient_clip_val=null",
-        "data.augment=false",
         "trainer.limit_train_batches=10",
+        "data.augment=false",
+        "callbacks.progress=none",
     ]
-    one = train(tmp_path / "one", *common, "data.batch_size=64")
-    two = train(tmp_path / "two", *common, "data.batch_size=32", "trainer=ddp", "trainer.accelerator=cpu")
+    assert run(*common, "data.batch_size=64", f"hydra.run.dir={tmp_path}/one") == 0
+    side_by_side(*common, "data.batch_size=32", f"hydra.run.dir={tmp_path}/two")
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     # 360 test images do not divide evenly in batches; a padded sampler would count some twice.
     assert two["test"]["accuracy"] * 360 == pytest.approx(round(two["test"]["accuracy"] * 360), abs=1e-3)
     weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two")]

@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tasks.engine.build import build_data, build_task
 from tasks.engine.protocol import describe, settle
+from tests import commands
 from zoo.errors import ConfigError
 from zoo.layers.flops import count_flops
 
@@ -80,16 +81,7 @@ def test_equal_flops_scales_the_epochs_by_counted_flops(digits):
 
 
 def run(folder, *overrides):
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, ["train.py", *SMALL, *overrides, "callbacks.progress=none"]
-    sys.argv.append(f"hydra.run.dir={folder}")
-    try:
-        assert train.entry() == 0
-    finally:
-        sys.argv = argv
+    assert commands.run(*SMALL, *overrides, "callbacks.progress=none", f"hydra.run.dir={folder}") == 0
     return json.loads((folder / "result.json").read_text())
 
 

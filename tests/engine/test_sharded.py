@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import run
+
 ROOT = Path(__file__).parents[2]
 MODEL = ["data=digits", "model.patch_size=2", "model.dim=16", "model.num_heads=2", "model.depth=2"]
 # A rate that does not know how long the run is, so that one epoch and a resumed second one are two epochs.
@@ -100,17 +102,7 @@ def test_weights_of_shared_parameters_load_anywhere(runs):
     ],
 )
 def test_what_cannot_be_shared_is_said(overrides, text, tmp_path, capsys):
-    sys.path.insert(0, str(ROOT))
-    from hydra.core.global_hydra import GlobalHydra
-
-    import train
-
-    GlobalHydra.instance().clear()
-    argv, model = sys.argv, [] if "task=pinn" in overrides else MODEL
+    model = [] if "task=pinn" in overrides else MODEL
     arguments = ["trainer=fsdp", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}"]
-    sys.argv = ["train.py", *overrides, *model, *arguments]
-    try:
-        assert train.entry() == 2
-    finally:
-        sys.argv = argv
+    assert run(*overrides, *model, *arguments) == 2
     assert text in capsys.readouterr().err

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+
+from tests import commands
+from tests.commands import logged
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -26,22 +28,9 @@ SMALL = [
 
 
 def run(*overrides, capsys=None):
-    """train.py in this process; returns exit status and standard error."""
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, ["train.py", *overrides]
-    try:
-        status = train.entry()
-    finally:
-        sys.argv = argv
+    """Exit status and standard error."""
+    status = commands.run(*overrides)
     return status, capsys.readouterr().err if capsys else ""
-
-
-def rows(folder, column="train/loss"):
-    with open(folder / "metrics.csv", newline="") as file:
-        return {int(r["step"]): r[column] for r in csv.DictReader(file) if r.get(column)}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +62,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert (finished / name).stat().st_size > 0
     assert {"figures/confusion_matrix.png", "figures/misclassified.png"} <= set(result["figures"])
     assert not [p for p in finished.rglob("*.tmp")] and not (finished / ".lock").exists()
-    losses = list(map(float, rows(finished).values()))
+    losses = list(map(float, logged(finished).values()))
     assert len(losses) == result["steps"] and losses[-1] < losses[0]
 
 
@@ -162,8 +151,8 @@ def test_a_killed_run_resumes_on_the_same_curve(tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert run(f"resume={cut}")[0] == 0
-    assert rows(cut) == rows(whole)
-    assert rows(cut, "valid/accuracy") == rows(whole, "valid/accuracy")
+    assert logged(cut) == logged(whole)
+    assert logged(cut, "valid/accuracy") == logged(whole, "valid/accuracy")
     same = [json.loads((f / "result.json").read_text())["test"] for f in (whole, cut)]
     assert same[0] == same[1]
 

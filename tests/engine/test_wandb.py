@@ -1,6 +1,5 @@
 """Real W&B runs without a network: what their files hold, read back record by record."""
 
-import csv
 import json
 import os
 import signal
@@ -10,27 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+
+from tests.commands import losses, run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["data=digits", "model.patch_size=4", "model.dim=16", "model.num_heads=2", "model.depth=1"]
 SMALL += ["callbacks.progress=none", "logger=wandb"]
-
-
-def run(*overrides):
-    import train
-
-    GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, ["train.py", *overrides]
-    try:
-        return train.entry()
-    finally:
-        sys.argv = argv
-
-
-def losses(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return [float(r["train/loss"]) for r in csv.DictReader(file) if r.get("train/loss")]
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 """The traffic task: loss, training on a small generated road network, attention keys, prediction from CSV."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 from data import create_data
 from data.sampler import BatchKey
 from tasks.traffic import Traffic, masked_mae
+from tests.commands import run
 from zoo.attention.registry import list_attention
 from zoo.attention.slots import resolve_slots
 from zoo.errors import CapabilityError, ConfigError
@@ -28,18 +27,6 @@ SMALL = [
     "model.spatial_depth=1",
     "callbacks.progress=lines",
 ]
-
-
-def run(*overrides):
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    GlobalHydra.instance().clear()
-    argv, sys.argv = sys.argv, ["train.py", *overrides]
-    try:
-        return train.entry()
-    finally:
-        sys.argv = argv
 
 
 @pytest.fixture(scope="module")

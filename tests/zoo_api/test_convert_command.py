@@ -1,10 +1,8 @@
 """`python -m zoo convert` on real runs: any task with a loss of a batch, all layers or some, and the file it writes."""
 
-import sys
-
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
+from tests.commands import run
 from zoo.cli import convert as command
 from zoo.cli.verify import agrees, reproduce
 from zoo.errors import ConfigError
@@ -24,20 +22,9 @@ RUNS = {
 
 @pytest.fixture(scope="module", params=list(RUNS))
 def weights(request, tmp_path_factory):
-    import train
-
     folder = tmp_path_factory.mktemp("run")
-    GlobalHydra.instance().clear()
-    argv = [
-        "train.py",
-        f"task={request.param}",
-        *RUNS[request.param],
-        "trainer.max_epochs=1",
-        f"hydra.run.dir={folder}",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        assert train.entry() == 0
+    arguments = [f"task={request.param}", *RUNS[request.param], "trainer.max_epochs=1"]
+    assert run(*arguments, f"hydra.run.dir={folder}") == 0
     return folder / "weights.safetensors"
 
 

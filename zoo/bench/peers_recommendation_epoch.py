@@ -1,15 +1,30 @@
-"""A pass over users with all positions trained at once, beside one with a sample per prefix, as RecBole makes them.
+"""A pass over users with all positions trained at once, beside passes with a sample per prefix, as RecBole makes them.
 
-RecBole 1.2.1 needs 760 steps of 128 prefixes for an epoch of MovieLens-100K, about 310 ms each on two cores: 235 s,
-computed from the step and not run in full. Here the peer is the plain network of `peers_recommendation`.
+Peers: RecBole's own SASRec (`pip install recbole==1.2.1`), which is left out and named where it is not installed, and
+the plain network of `peers_recommendation`.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
-from zoo.bench.peers_recommendation import BATCH, LENGTH, PlainSasRec, windows
+import torch
+from torch import Tensor, nn
+
+from zoo.bench.peers_recommendation import (
+    BATCH,
+    DEPTH,
+    DIM,
+    DROPOUT,
+    HEADS,
+    ITEMS,
+    LENGTH,
+    PlainSasRec,
+    windows,
+)
 from zoo.bench.peers_recommendation import contestants as steps
 from zoo.bench.tasks import Contestants, training_step
 
@@ -26,22 +41,58 @@ def prefixes(items: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return history, last
 
 
-def contestants(attention: str) -> Contestants:
-    """One step on 128 windows of up to 50 items, against a step for every 128 prefixes of the same windows."""
-    ours = dict([next(iter(steps(attention).items()))])
-    peer = PlainSasRec()
-    samples = list(zip(*(t.split(BATCH) for t in prefixes(*windows())), strict=True))
+def recbole_loss() -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """RecBole's SASRec at the configuration of `peers_recommendation`, and its loss of [P, L] prefixes."""
+    from recbole.model.sequential_recommender import SASRec
+
+    fields = {"USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "ITEM_LIST_LENGTH_FIELD": "length"}
+    names = {"LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": LENGTH, "device": "cpu"}
+    shape = {
+        "n_layers": DEPTH,
+        "n_heads": HEADS,
+        "hidden_size": DIM,
+        "inner_size": 4 * DIM,
+        "loss_type": "CE",
+    }
+    rates = {"hidden_dropout_prob": DROPOUT, "attn_dropout_prob": DROPOUT, "hidden_act": "gelu"}
+    start = {"layer_norm_eps": 1e-12, "initializer_range": 0.02}
+    peer = SASRec(fields | names | shape | rates | start, SimpleNamespace(num=lambda field: ITEMS + 1))
+
+    def loss(history: Tensor, last: Tensor) -> Tensor:
+        length = (history > 0).sum(1)
+        place = torch.arange(LENGTH) + LENGTH - length[:, None]  # RecBole pads on the right
+        items = torch.where(place < LENGTH, history.gather(1, place.clamp_max(LENGTH - 1)), 0)
+        return peer.calculate_loss({"item_list": items, "length": length, "item": last[:, -1]})
+
+    return peer, loss
+
+
+def every_sample(
+    peer: nn.Module, loss: Callable[..., Tensor], samples: Sequence[tuple[Any, ...]]
+) -> Callable[[], None]:
+    """A training step on each sample in turn."""
     turn = iter(())
+    step = training_step(peer, lambda: loss(*next(turn)))
 
-    def loss() -> Tensor:
-        return peer.loss(*next(turn))
-
-    step = training_step(peer, loss)
-
-    def every_prefix() -> None:
+    def call() -> None:
         nonlocal turn
         turn = iter(samples)
         for _ in samples:
             step()
 
-    return {**ours, f"plain torch SASRec, {len(samples)} steps of {BATCH} prefixes": every_prefix}
+    return call
+
+
+def contestants(attention: str) -> Contestants:
+    """One step on 128 windows of up to 50 items, against a step for every 128 prefixes of the same windows."""
+    found = dict([next(iter(steps(attention).items()))])
+    samples = list(zip(*(t.split(BATCH) for t in prefixes(*windows())), strict=True))
+    plain = PlainSasRec()
+    peers = {"plain torch SASRec": (plain, plain.loss)}
+    try:
+        peers["RecBole SASRec"] = recbole_loss()
+    except ImportError as error:
+        print(f"RecBole is left out: package {error.name!r} is not installed", file=sys.stderr)
+    for name, (peer, loss) in peers.items():
+        found[f"{name}, {len(samples)} steps of {BATCH} prefixes"] = every_sample(peer, loss, samples)
+    return found

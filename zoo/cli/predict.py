@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import DataError
+from zoo.files import write_whole
 
 VALUE_OPTIONS, FLAGS = ("--format", "--output", "--figures"), ("--json", "--quiet", "--help", "-h")
 
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> int:
         if args.output is None:
             print("\n".join(lines))
     if args.output is not None:
-        write_whole(args.output, "\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        write_whole(args.output, lambda p: p.write_text(text, encoding="utf-8"))
         print(f"{args.output}: {len(raws) - bad} predictions", file=sys.stderr)
     if bad:
         print(f"{bad} of {len(raws)} inputs skipped", file=sys.stderr)
@@ -95,14 +97,6 @@ def as_csv(table: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(table)
     return stream.getvalue()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _progress(items: list[Any], quiet: bool) -> Any:

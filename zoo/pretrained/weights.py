@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zoo.attention.slots import AttentionFactory
 from zoo.conversion import swap
 from zoo.errors import CapabilityError, ConfigError, WeightsError
+from zoo.files import write_whole
 from zoo.models.registry import build_model, get_model, split_name
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
 from zoo.pretrained.storage import decode
@@ -42,15 +43,15 @@ def save_weights(path: Path, model: nn.Module, card: dict[str, Any]) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
     """`save_weights` for tensors at hand."""
     tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-    _replace(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    write_whole(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
     card = {"format": FORMAT, "sha256": sha256(path), "bytes": path.stat().st_size, **card}
-    _replace(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
+    write_whole(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
 
 
 def update_card(path: Path, **changes: Any) -> None:
     """Change entries of the card beside weights `path`."""
     card = {**read_card(path), **changes}
-    _replace(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
+    write_whole(card_path(path), lambda p: p.write_text(json.dumps(card, indent=2, default=str) + "\n"))
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -282,17 +283,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 __all__ = [
