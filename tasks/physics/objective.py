@@ -44,6 +44,7 @@ class Objective:
         chunk: int = 1024,
     ) -> None:
         self.model, self.unknowns, self.problem, self.chunk = model, unknowns, problem, chunk
+        self.side_by_side = any(isinstance(m, Attention) for m in model.modules())
         self.conditions = list(conditions)
         for c in self.conditions:
             for f in c.fields:
@@ -113,10 +114,10 @@ class Objective:
         """A term as functions whose sum it is, so that each one's graph can be freed."""
         if term != "residual":
             chosen = [c for c in self.conditions if c.name == term]
-            return [partial(self._misfit_share, *part) for c in chosen for part in self._cut(c)]
+            return [partial(self._misfit_share, *part) for c in chosen for part in self.cut(c)]
         weights = points.weights().to(self.dtype)
         points.squares = torch.empty(len(weights), dtype=torch.float64, device=self.device)
-        count = count_pieces(len(weights), self.chunk, self.device)
+        count = count_pieces(len(weights), self.chunk, self.device, self.side_by_side)
 
         def piece(at: Tensor, weight: Tensor, squares: Tensor) -> Tensor:
             square = self.squared_residual(at)
@@ -126,12 +127,12 @@ class Objective:
         cut = zip(*(t.tensor_split(count) for t in (points.at, weights, points.squares)), strict=True)
         return [partial(piece, *rows) for rows in cut]
 
-    def _cut(self, c: Condition) -> Iterator[tuple[Condition, int]]:
+    def cut(self, c: Condition) -> Iterator[tuple[Condition, int]]:
         """A condition's points in pieces, each with the number of all points.
 
         They may be longer than those of the residual: values need a fraction of the space of derivatives.
         """
-        count = count_pieces(len(c.points), 4 * self.chunk, self.device)
+        count = count_pieces(len(c.points), 4 * self.chunk, self.device, self.side_by_side)
         for points, values in zip(c.points.tensor_split(count), c.values.tensor_split(count), strict=True):
             yield replace(c, points=points, values=values), len(c.points)
 

@@ -67,7 +67,7 @@ def scores(objective: Objective, held_out: Sequence[Condition], kept: dict[str, 
     values["loss"] = values["residual_rms"] ** 2 + sum(misfits.values())
     values |= {f"{t}_mse": m for t, m in misfits.items()}
     for name, (_, true) in p.unknowns.items():
-        values[name] = float(objective.unknowns[name])
+        values[name] = float(objective.unknowns[name].detach())
         values[f"{name}_error"] = abs(values[name] - true) / abs(true)
     if "true" in kept:
         found, true, points = kept["found"], kept["true"], kept["points"]

@@ -56,4 +56,4 @@ def test_pieces_are_shared_among_threads(threads):
     assert count_pieces(3000, 1000) == {1: 3, 2: 4}[threads]
     assert count_pieces(2 * SMALLEST, 1000) == threads
     assert count_pieces(SMALLEST, 1000) == 1
-    assert count_pieces(3000, 1000, "cuda") == 3
+    assert count_pieces(3000, 1000, "cuda") == count_pieces(3000, 1000, side_by_side=False) == 3

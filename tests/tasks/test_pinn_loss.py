@@ -139,7 +139,10 @@ def test_pieces_on_two_cores_give_the_gradient_of_one():
     found = []
     for threads in (1, 2):
         task = make(
-            "pinn_mlp", problem="burgers1d", data={"hard_conditions": False, "interior": 300, "border": 300}
+            "physicsformer",
+            problem="burgers1d",
+            data={"hard_conditions": False, "interior": 300, "border": 300},
+            model_options={"tokens": 2, "hidden": [8]},
         )
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

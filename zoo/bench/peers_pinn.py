@@ -51,14 +51,16 @@ def burgers_loss(model: nn.Module, points: Tensor, method: str = "taylor") -> Te
     return residual.square().sum() / POINTS
 
 
-def residual_step(model: nn.Module, points: Tensor, chunk: int = CHUNK) -> Callable[[], None]:
-    """zero_grad, residual in Taylor mode and its gradient in the weights as `task=pinn` computes them, AdamW."""
+def residual_step(
+    model: nn.Module, points: Tensor, chunk: int = CHUNK, side_by_side: bool = True
+) -> Callable[[], None]:
+    """zero_grad, residual in Taylor mode and its gradient in the weights, Adam; as `task=pinn task.first=adam` does."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        count = count_pieces(POINTS, chunk)
+        count = count_pieces(POINTS, chunk, side_by_side=side_by_side)
         pieces = [partial(burgers_loss, model, part) for part in points.tensor_split(count)]
         add_gradients(pieces, parameters)
         optimizer.step()

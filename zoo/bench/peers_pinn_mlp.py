@@ -31,6 +31,6 @@ def contestants(attention: str) -> Contestants:
     mine = create_model("pinn_mlp", dim=32, depth=4, **BOX)
     at = torch.as_tensor(points, dtype=torch.float32)
     return {
-        "zoo pinn_mlp": residual_step(mine, at, POINTS),
+        "zoo pinn_mlp": residual_step(mine, at, POINTS, side_by_side=False),
         "deepxde FNN": lambda: peer.train_step(points, truth, extra),
     }

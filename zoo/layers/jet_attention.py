@@ -46,8 +46,8 @@ def softmax_stack(ring: Algebra, s: Tensor) -> Tensor:
     p[0] = p0
     torch.mul(s[1:], p0, out=p[1:])
     for k, channels in ring.powers(s):
-        for n, coefficient in channels:
-            p[n].addcmul_(coefficient, p0, value=ones[k])
+        for n, tensor, factor in channels:
+            p[n].addcmul_(tensor, p0, value=factor * ones[k])
     z = p.sum(-1, keepdim=True)
     for n in range(1, ring.size):
         # p (1 + z) = q, solved from low orders up; p[n] = q[n] - sum p[i] z[j].

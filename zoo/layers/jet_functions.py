@@ -14,7 +14,7 @@ from zoo.errors import CapabilityError
 from zoo.layers.jet_arithmetic import mul
 from zoo.layers.jet_attention import _Attend, _Softmax
 from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, rules
-from zoo.layers.jets import _Linear, _Pointwise, _Wave
+from zoo.layers.jets import _Linear, _Pointwise, _Tanh, _Wave
 
 
 def pointwise(x: Jet, rule: Callable[[Tensor, int], list[Tensor]]) -> Jet:
@@ -89,7 +89,7 @@ def _erf(x: Tensor, count: int) -> list[Tensor]:
 
 
 exp = rules("exp")(lambda x: pointwise(x, _exp))
-tanh = rules("tanh")(lambda x: pointwise(x, _tanh))
+tanh = rules("tanh")(lambda x: Jet(_Tanh.apply(x.c, x.ring, _tanh), x.ring))
 sigmoid = rules("sigmoid")(lambda x: pointwise(x, _sigmoid))
 reciprocal = rules("reciprocal")(lambda x: pointwise(x, _power(-1.0)))
 rules("sqrt")(lambda x: pointwise(x, _power(0.5)))

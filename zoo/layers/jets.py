@@ -91,7 +91,7 @@ class Algebra:
             for index, factor in key.terms:
                 for b, c, _ in self._pairs(index):
                     factors[b, c] = factors.get((b, c), 0.0) + factor * factorial(index)
-            return [(b, c, factor) for (b, c), factor in factors.items()]
+            return [(b, c, factor) for (b, c), factor in factors.items() if factor]
         halves = [(b, tuple(o - p for o, p in zip(key, b, strict=True))) for b in sorted(below(key))]
         return [(self.number[b], self.number[c], 1.0) for b, c in halves if any(b) and any(c)]
 
@@ -143,22 +143,30 @@ class Algebra:
                 out[i].addcmul_(g[n], b[j], value=factor)
         return out
 
-    def powers(self, x: Tensor) -> list[tuple[int, list[tuple[int, Tensor]]]]:
-        """For k >= 2 the channels of (x - x[0])^k that are not zero: [(k, [(index number, coefficient)])]."""
-        found, last = [], {n: x[n] for n in range(1, self.size)}
+    def square(self, a: Tensor, scale: float = 1.0) -> Tensor:
+        """Coefficients of scale * a * a."""
+        out = a * (a[0] * (2.0 * scale))
+        out[0] *= 0.5
+        for n in range(1, self.size):
+            for i, j, factor in _unordered(self.pairs[n]):
+                out[n].addcmul_(a[i], a[j], value=scale * factor)
+        return out
+
+    def powers(self, x: Tensor) -> list[tuple[int, list[tuple[int, Tensor, float]]]]:
+        """For k >= 2 the channels of (x - x[0])^k that are not zero: [(k, [(index number, tensor, its factor)])]."""
+        found, last = [], {n: (x[n], 1.0) for n in range(1, self.size)}
         for k in range(2, self.degree + 1):
-            power: dict[int, Tensor] = {}
+            power: dict[int, tuple[Tensor, float]] = {}
             for n in range(1, self.size):
-                for i, j, factor in self.pairs[n]:
-                    if i in last:
-                        if k == 2 and i > j:
-                            continue
-                        factor *= 2.0 if k == 2 and i < j else 1.0
-                        if n in power:
-                            power[n].addcmul_(last[i], x[j], value=factor)
-                        else:
-                            power[n] = last[i] * x[j] if factor == 1.0 else (last[i] * x[j]).mul_(factor)
-            found.append((k, list(power.items())))
+                for i, j, factor in _unordered(self.pairs[n]) if k == 2 else self.pairs[n]:
+                    if i not in last:
+                        continue
+                    tensor, scale = last[i]
+                    if n in power:
+                        power[n][0].addcmul_(tensor, x[j], value=factor * scale / power[n][1])
+                    else:
+                        power[n] = tensor * x[j], factor * scale
+            found.append((k, [(n, *scaled) for n, scaled in power.items()]))
             last = power
         return found
 
@@ -169,9 +177,14 @@ class Algebra:
         if self.size > 1:
             torch.mul(x[1:], values[1], out=out[1:])
         for k, channels in powers:
-            for n, coefficient in channels:
-                out[n].addcmul_(coefficient, values[k])
+            for n, tensor, factor in channels:
+                out[n].addcmul_(tensor, values[k], value=factor)
         return out
+
+
+def _unordered(pairs: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """The pairs of a product of equal factors, each once."""
+    return [(i, j, factor if i == j else 2.0 * factor) for i, j, factor in pairs if i <= j]
 
 
 def factorial(index: Index) -> int:
@@ -261,6 +274,24 @@ class _Pointwise(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
         return ctx.ring.transposed(g, ctx.saved_tensors[0]), None, None
+
+
+class _Tanh(Function):
+    """Its slope is 1 - y^2, a square in the algebra, so that nothing but y is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ring: Algebra, rule: Callable[[Tensor, int], list[Tensor]]) -> Tensor:
+        y = ring.compose(rule(x[0], ring.degree + 1), x, ring.powers(x))
+        ctx.save_for_backward(y)
+        ctx.ring = ring
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        slope = ctx.ring.square(ctx.saved_tensors[0], -1.0)
+        slope[0] += 1.0
+        return ctx.ring.transposed(g, slope), None, None
 
 
 class _Wave(Function):

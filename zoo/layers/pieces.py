@@ -21,9 +21,22 @@ Piece = Callable[[], Tensor]
 SMALLEST = 128  # points that are worth a piece of their own
 
 
-def count_pieces(points: int, chunk: int, device: torch.device | str = "cpu") -> int:
-    """Pieces of at most `chunk` points, a multiple of the cores in use where there are enough points."""
+def count_pieces(
+    points: int, chunk: int, device: torch.device | str = "cpu", side_by_side: bool = True
+) -> int:
+    """Pieces of at most `chunk` points.
+
+    Args:
+        points: Number of points.
+        chunk: Most points of a piece.
+        device: Where they are.
+        side_by_side: Take a multiple of the cores in use where there are enough points. A piece costs about 2 ms of
+            Python, which runs on one core at a time: a transformer's 100 ms are worth that, a perceptron's 5 ms are not,
+            and its operations are long enough to be split over cores by torch itself.
+    """
     count = -(-points // chunk)
+    if not side_by_side:
+        return count
     cores = _cores(torch.device(device))
     shared = -(-count // cores) * cores
     return shared if points >= shared * SMALLEST else count
