@@ -70,6 +70,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def in_forward_mode() -> bool:
+    """Inside `torch.func.jvp` and its kin, or among dual tensors: a registered operator drops tangents in silence there."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 @functools.lru_cache(maxsize=256)
 def _log_once(message: str) -> None:
     _log.info(message)
@@ -99,6 +104,8 @@ def choose(op: str, impl: str | None, *tensors: Tensor, triton_gap: str | None =
     gap = triton_gap
     if gap is None and any(t.dtype == torch.float64 for t in tensors):
         gap = "float64 inputs"
+    if gap is None and in_forward_mode():
+        gap = "forward-mode derivatives and torch.func"
     if asked == "triton":
         if gap is not None:
             raise NotImplementedError(

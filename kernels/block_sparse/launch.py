@@ -11,10 +11,10 @@ from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.block_sparse.lists import block_lists
 from kernels.block_sparse.masks import decode
-from kernels.softmax import cases
+from kernels.softmax import cases, tiles
 from kernels.softmax import launch as softmax
 from kernels.softmax import triton as tk
-from kernels.softmax.scores import Config, Lists
+from kernels.softmax.operands import Config, Lists
 
 # Tokens that stand together on a grid: squares of 8 x 8, cubes of 4 x 4 x 4. Multiples of the tile sizes.
 NEAR = 64
@@ -37,16 +37,16 @@ def sparse(rule: tuple[int, ...], queries: int, keys: int, device: torch.device)
     return softmax.Sparse(rows, columns, _constants(rule), queries, keys)
 
 
-def _shared_tiles(backend: str, dot: str, d: int, e: int, arch: int) -> softmax.Tiles:
+def _shared_tiles(backend: str, dot: str, d: int, e: int, arch: int) -> tiles.Tiles:
     """All kernels walk the same lists, hence the tiles of the one with the least room."""
-    return softmax.tiles("bwd_dkdv", backend, dot, d, e, arch, "rich")
+    return tiles.table("bwd_dkdv", backend, dot, d, e, arch, "rich")
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule, scale):
     problem = softmax.Problem(q, k, v, key_mask=key_mask, scale=scale)
-    dot, _ = softmax.types_of(q)
+    dot, _ = tiles.types_of(q)
     widths = q.shape[3], v.shape[3]
-    t = _shared_tiles(softmax.backend(), dot, *widths, softmax.compute_capability())
+    t = _shared_tiles(tiles.backend(), dot, *widths, tiles.compute_capability())
     return problem, sparse(tuple(rule), t.queries, t.keys, q.device)
 
 
@@ -74,14 +74,14 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     """The kernels of softmax without and with a key mask, over each kind of rule."""
     lists = Lists("*i32", "*i32", "*u8", "*i32", None)
     arch = target.arch if isinstance(target.arch, int) else 90
-    dot, precision = softmax.dot_types(dtype, target.backend)
+    dot, precision = tiles.dot_types(dtype, target.backend)
     shared = _shared_tiles(target.backend, dot, dim, dim, arch)
     for kernel, name, products in (
         (tk.softmax_fwd_kernel, "fwd", 2),
         (tk.softmax_bwd_dkdv_kernel, "bwd_dkdv", 4),
         (tk.softmax_bwd_dq_kernel, "bwd_dq", 3),
     ):
-        t = softmax.tiles(name, target.backend, dot, dim, dim, arch, "rich")
+        t = tiles.table(name, target.backend, dot, dim, dim, arch, "rich")
         t = replace(t, queries=shared.queries, keys=shared.keys)
         for variant, (rule, keys) in RULES.items():
             names = ("mask",) if variant in ("2d", "segments") else ()
@@ -91,8 +91,8 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
             }  # fmt: skip
             del given["DPHI"]
             config = Config(
-                dim**-0.5, 0.0, 0, None, rule, t.queries, t.keys, softmax.pow2(dim), softmax.pow2(dim), 16,
-                tk.DOT_TYPES[dot], precision,
+                dim**-0.5, 0.0, 0, None, rule, t.queries, t.keys, tiles.pow2(dim), tiles.pow2(dim), 16,
+                tk.DOT_TYPES[dot], precision, None, t.piece,
             )  # fmt: skip
             consts = {"C": config, "span": None, "DPHI": None}
             pairs = float(cases.BATCH * cases.HEADS * cases.LENGTH * keys)

@@ -56,7 +56,8 @@ def _lowest(*tensors: Tensor) -> str:
     return next(name for name in ("bfloat16", "float16", "float32") if name in have)
 
 
-def _products(dtype: str) -> tuple[str, str]:
+def products_of(dtype: str) -> tuple[str, str]:
+    """``dot_type`` on this machine."""
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32", "ieee"
@@ -67,7 +68,7 @@ def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
     return torch.empty(shape, device=like.device, dtype=dtype)
 
 
-def _device(t: Tensor):
+def on_device(t: Tensor):
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -96,7 +97,7 @@ def scan(
         return out.zero_(), last.zero_() if initial is None else last.copy_(initial)
     dtype = _lowest(q, k, v)
     t = tiles(dtype, d, e)
-    dot, precision = _products(dtype)
+    dot, precision = products_of(dtype)
     chunks = triton.cdiv(n, t.bt)
     gate = "none" if log_g is None else "scalar" if log_g.dim() == 3 else "values" if values else "keys"
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -106,7 +107,7 @@ def scan(
     products = dict(DOT=tk.DOT_TYPES[dot], PRECISION=precision)
     run = dict(num_warps=t.warps, num_stages=t.stages)
     tiles_d, tiles_e, blocks = triton.cdiv(d, t.bd), triton.cdiv(e, t.be), t.bt // BLOCK
-    with _device(q):
+    with on_device(q):
         tk.decay_state_fwd_kernel[(b * h, tiles_d, tiles_e)](
             k, v, cum, q if initial is None else initial.contiguous(), states, *sizes,
             GATE=gate, HAS_START=initial is not None, BT=t.bt, BD=t.bd, BE=t.be, **products, **run,
@@ -131,14 +132,14 @@ def scan(
     return out, states[:, -1].view(b, h, d, e).clone()
 
 
-def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool) -> Tensor:
-    """Weights inside chunks: q, k, cum [L, T, D] float32, T a power of two from 16 on -> [L, T, T]."""
+def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool, dtype: str) -> Tensor:
+    """Weights inside chunks: q, k, cum [L, T, D] float32, T a power of two from 16 on -> [L, T, T]; products as for inputs of ``dtype``."""
     length, t, d = q.shape
     out = _new(q, length, t, t)
     if 0 in (length, d):
         return out.zero_()
-    dot, precision = _products("float32")
-    with _device(q):
+    dot, precision = products_of(dtype)
+    with on_device(q):
         tk.decay_scores_fwd_kernel[(length, 1, t // BLOCK)](
             q.contiguous(), k.contiguous(), cum.contiguous(), out, t, d, 1,
             INCLUSIVE=inclusive, BT=t, BB=BLOCK, BD=min(32, _pow2(d)),
@@ -147,16 +148,16 @@ def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool) -> Tensor:
     return out
 
 
-def mix(weights: Tensor, v: Tensor, cum: Tensor, inclusive: bool) -> Tensor:
+def mix(weights: Tensor, v: Tensor, cum: Tensor, inclusive: bool, dtype: str) -> Tensor:
     """``o_re = sum_{i <= r} w_ri v_ie e^{cum_re - cum_ie}``: weights [L, T, T], v, cum [L, T, E] float32 -> [L, T, E]."""
     length, t, e = v.shape
     out = _new(v, length, t, e)
     if 0 in (length, e):
         return out.zero_()
-    dot, precision = _products("float32")
+    dot, precision = products_of(dtype)
     v = v.contiguous()
     be = tiles("float32", e, e).be
-    with _device(v):
+    with on_device(v):
         tk.decay_values_fwd_kernel[(length, t // BLOCK, triton.cdiv(e, be))](
             v, v, v, cum.contiguous(), weights.contiguous(), v, out, t, 1, e, 1,
             INCLUSIVE=inclusive, HAS_A=True, BT=t, BB=BLOCK, BD=16, BE=be,
@@ -208,9 +209,14 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
             )  # fmt: skip
         work = Cost(dense + 2 * inside, 5 * tensor + states)
         yield case(tk.decay_values_fwd_kernel, variant, work, INCLUSIVE=inclusive, HAS_A=False)
-    if dtype == "float32":
-        yield case(tk.decay_values_fwd_kernel, "given", Cost(inside, 3 * tensor), INCLUSIVE=True, HAS_A=True)
-    else:
+    # Inside the delta rule everything in memory is float32, whatever the type of the products.
+    single = {name: "fp32" for name in ("Q", "K", "V", "A", "O")}
+    work = Cost(inside, 3 * tensor)
+    yield case(
+        tk.decay_values_fwd_kernel, "given", work, single, INCLUSIVE=True, HAS_A=True, BT=32, BE=min(32, t.be)
+    )
+    yield case(tk.decay_scores_fwd_kernel, "given", work, single, INCLUSIVE=False, BT=32, BD=min(32, t.bd))
+    if dtype != "float32":
         wide = {"K": "fp32", "O": "fp32"}
         work = Cost(dense + 2 * inside, 5 * tensor + states)
         yield case(tk.decay_out_fwd_kernel, "grad", work, wide, GATE="scalar", INCLUSIVE=True)

@@ -124,65 +124,68 @@ def scan(
 
 
 @torch.library.custom_op("zoo::gated_scores", mutates_args=())
-def gated_scores(q: Tensor, k: Tensor, cum: Tensor, diagonal: bool) -> Tensor:
-    """``A_ri = sum_d q_rd k_id e^{cum_rd - cum_id}`` for i <= r (i < r without ``diagonal``); [L, T, D] float32 -> [L, T, T]."""
+def gated_scores(q: Tensor, k: Tensor, cum: Tensor, diagonal: bool, dtype: str) -> Tensor:
+    """``A_ri = sum_d q_rd k_id e^{cum_rd - cum_id}`` for i <= r (i < r without ``diagonal``); [L, T, D] float32 -> [L, T, T].
+
+    Products run as for inputs of ``dtype``.
+    """
     from kernels.decay import launch
 
-    return launch.scores(q, k, cum, diagonal)
+    return launch.scores(q, k, cum, diagonal, dtype)
 
 
 @gated_scores.register_fake
-def _(q, k, cum, diagonal):
+def _(q, k, cum, diagonal, dtype):
     return q.new_empty(q.shape[0], q.shape[1], q.shape[1])
 
 
 @torch.library.custom_op("zoo::gated_mix", mutates_args=())
-def gated_mix(weights: Tensor, v: Tensor, cum: Tensor, diagonal: bool) -> Tensor:
+def gated_mix(weights: Tensor, v: Tensor, cum: Tensor, diagonal: bool, dtype: str) -> Tensor:
     """``o_re = sum_i w_ri v_ie e^{cum_re - cum_ie}`` over i <= r (i < r); weights [L, T, T], v, cum [L, T, E] float32 -> [L, T, E]."""
     from kernels.decay import launch
 
-    return launch.mix(weights, v, cum, diagonal)
+    return launch.mix(weights, v, cum, diagonal, dtype)
 
 
 @gated_mix.register_fake
-def _(weights, v, cum, diagonal):
+def _(weights, v, cum, diagonal, dtype):
     return v.new_empty(v.shape)
 
 
-def _mix_back(weights: Tensor, x: Tensor, cum: Tensor, diagonal: bool) -> Tensor:
+def _mix_back(weights: Tensor, x: Tensor, cum: Tensor, diagonal: bool, dtype: str) -> Tensor:
     """``sum_{r >= i} w_ri x_re e^{cum_re - cum_ie}``: in reversed order it is the forward again."""
-    turned = gated_mix(weights.mT.flip(1, 2), x.flip(1), -cum.flip(1), diagonal)
+    turned = gated_mix(weights.mT.flip(1, 2), x.flip(1), -cum.flip(1), diagonal, dtype)
     return turned.flip(1)
 
 
 def _scores_setup(ctx, inputs, output):
-    q, k, cum, ctx.diagonal = inputs
+    q, k, cum, *ctx.options = inputs
     ctx.save_for_backward(q, k, cum)
 
 
 def _scores_backward(ctx, grad):
     q, k, cum = ctx.saved_tensors
-    dq = gated_mix(grad, k, cum, ctx.diagonal)
-    dk = _mix_back(grad, q, cum, ctx.diagonal)
-    return dq, dk, q * dq - k * dk, None
+    dq = gated_mix(grad, k, cum, *ctx.options)
+    dk = _mix_back(grad, q, cum, *ctx.options)
+    return dq, dk, q * dq - k * dk, None, None
 
 
 def _mix_setup(ctx, inputs, output):
-    weights, v, cum, ctx.diagonal = inputs
+    weights, v, cum, *ctx.options = inputs
     ctx.save_for_backward(weights, v, cum, output)
 
 
 def _mix_backward(ctx, do):
     weights, v, cum, o = ctx.saved_tensors
-    dv = _mix_back(weights, do, cum, ctx.diagonal)
-    return gated_scores(do, v, cum, ctx.diagonal), dv, o * do - v * dv, None
+    dv = _mix_back(weights, do, cum, *ctx.options)
+    return gated_scores(do, v, cum, *ctx.options), dv, o * do - v * dv, None, None
 
 
 gated_scores.register_autograd(_scores_backward, setup_context=_scores_setup)
 gated_mix.register_autograd(_mix_backward, setup_context=_mix_setup)
 
 
-def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool) -> Tensor:
+def gated_products(q: Tensor, k: Tensor, cum: Tensor, *, diagonal: bool, dtype: str) -> Tensor:
     """As ``_common.gates.gated_products``, [..., T, D], by the kernels."""
     flat = [t.flatten(0, -3) for t in (q, k, cum)]
-    return gated_scores(*flat, diagonal).unflatten(0, k.shape[:-2])
+    return gated_scores(*flat, diagonal, dtype).unflatten(0, k.shape[:-2])

@@ -6,8 +6,8 @@ B batch, H heads, N queries, M keys, D head size of queries and keys, E head siz
 returns for k_t by a mixture with v_t. The exclusive read is ``q_t diag(e^{log_g_t}) S_{t-1}``.
 
 Implementations: ``reference`` goes step by step; ``torch`` solves one triangular system per chunk and is differentiable any number of
-times; ``triton`` makes the walk over the chunks one kernel, with one matrix per chunk (its gradient is the same walk backwards), and, with decay per
-channel, the weights inside chunks those of ``kernels.decay``; what runs in parallel over chunks is the same library products.
+times; ``triton`` makes the walk over the chunks one kernel (its gradient is the same walk backwards) and the products of a chunk another, multiplies in
+the inputs' precision, solves the systems in float32, and reads the outputs with the kernels of ``kernels.decay``.
 
 Sources: arXiv 2406.06484 (chunk form), arXiv 2412.06464 (gated), arXiv 2510.26692 (per channel). Reading at ``positions``, the exclusive
 read and the final state for cross attention are this project's.
@@ -22,7 +22,7 @@ from kernels._common.prefix import drop_keys, merge_axes
 from kernels.delta import reference
 from kernels.delta import torch as torch_path
 
-# The chunk's whole [D, D] matrix passes through registers.
+# A tile of the state has all key channels and stays in registers.
 TRITON_MAX_DIM = 128
 
 __all__ = ["cost", "delta_read", "delta_scan", "delta_state"]
@@ -89,24 +89,15 @@ def delta_scan(
     elif impl == "reference":
         o, state = reference.scan(q, k, v, beta, log_g=log_g, read=read, initial=initial_state)
     else:
-        parts = {}
+        options = {}
         if impl == "triton":
-            from kernels.decay.ops import BLOCK, gated_products
-            from kernels.delta.ops import CHUNK, walk
+            from kernels.delta import ops
 
-            parts = {"walk": walk, "products": gated_products, "least": BLOCK}
-            chunk = chunk or (CHUNK if log_g is None or log_g.dim() == 3 else None)
-        o, state = torch_path.scan(
-            q,
-            k,
-            v,
-            beta,
-            log_g=log_g,
-            read=read,
-            initial=initial_state,
-            chunk=chunk or torch_path.CHUNK,
-            **parts,
-        )
+            options["parts"] = ops.parts(str(dtype)[6:])
+            chunk = chunk or (ops.CHUNK if log_g is None or log_g.dim() == 3 else None)
+        if chunk is not None:
+            options["chunk"] = chunk
+        o, state = torch_path.scan(q, k, v, beta, log_g=log_g, read=read, initial=initial_state, **options)
     o = back(o)
     out = (o.flip(2) if reverse else o).to(dtype)
     return (out, state) if return_state else out

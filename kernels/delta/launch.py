@@ -1,6 +1,5 @@
-"""Launches the delta rule's Triton kernel, and hands its cases to the compile gate."""
+"""Launches the delta rule's Triton kernels, and hands their cases to the compile gate."""
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,52 +7,78 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
+from kernels.decay.launch import dot_type, on_device, products_of
+from kernels.decay.triton import DOT_TYPES
 from kernels.delta import triton as tk
-
-GATE_DTYPES = ("float32",)
+from kernels.delta.ops import CHUNK
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows, columns of the matrix at a time, and value channels of the state that a program carries, and how it runs."""
+    """Rows of a chunk at a time, all key channels, value channels of the state that a program carries, and warps."""
 
+    bt: int
     bd: int
-    bk: int
     be: int
     warps: int
 
 
-def tiles(d: int, e: int) -> Tiles:
-    """The same table serves launches and the compile gate; up to 64 channels the whole [D, D] matrix passes through registers."""
+def tiles(precision: str, d: int, e: int) -> Tiles:
+    """The same table serves launches and the compile gate. The state stays in registers, and a second time as an operand of the products."""
     bd, be = (max(16, triton.next_power_of_2(n)) for n in (d, e))
-    return Tiles(bd, 32 if bd > 64 else bd, min(32, be), 8 if bd > 64 else 4)
-
-
-def _precision(backend: str) -> str:
-    return "ieee" if backend == "hip" else "tf32x3"
+    if bd <= 64:
+        return Tiles(32, bd, min(be, 32), 4)
+    return Tiles(16, bd, 16 if precision == "tf32x3" else min(be, 32), 8)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=like.device, dtype=torch.float32)
 
 
-def states(keeps: Tensor, writes: Tensor, initial: Tensor | None) -> Tensor:
-    """keeps [B, H, C, D, D], writes [B, H, C, D, E], initial [B, H, D, E] or None, float32 -> [B, H, C + 1, D, E]."""
-    b, h, c, d, e = writes.shape
-    out = _new(writes, b, h, c + 1, d, e)
-    if 0 in (b, h, d, e):
+def walk(
+    u: Tensor,
+    w: Tensor,
+    k: Tensor,
+    across: Tensor | None,
+    extra: Tensor | None,
+    initial: Tensor,
+    adjoint: bool,
+    dtype: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in ``ops.delta_walk_fwd``."""
+    (z, c, steps, e), d = u.shape, w.shape[-1]
+    x, met, last = _new(u, *u.shape), _new(u, z, c, d, e), _new(u, z, d, e)
+    if 0 in (z, c, d, e):
+        return x.zero_(), met.zero_(), last.copy_(initial)
+    dot, precision = products_of(dtype)
+    t = tiles(precision, d, e)
+    gate = "none" if across is None else "scalar" if across.shape[2] == 1 else "keys"
+    given = [initial if o is None else o.contiguous() for o in (across, extra)]
+    with on_device(u):
+        tk.delta_walk_fwd_kernel[(z, triton.cdiv(e, t.be))](
+            *(o.contiguous() for o in (u, w, k)), *given, initial.contiguous(), x, met, last, c, steps, d, e,
+            GATE=gate, HAS_EXTRA=extra is not None, ADJOINT=adjoint, BT=t.bt, BD=t.bd, BE=t.be,
+            DOT=DOT_TYPES[dot], PRECISION=precision, num_warps=t.warps, num_stages=1,
+        )  # fmt: skip
+    return x, met, last
+
+
+_SIDE, _DEPTH = 32, 32
+
+
+def pairs(a: Tensor, b: Tensor, dtype: str) -> Tensor:
+    """``a b^T``: a [L, R, W], b [L, S, W] -> [L, R, S]."""
+    (count, r, width), s = a.shape, b.shape[1]
+    out = _new(a, count, r, s)
+    if 0 in (count, r, s, width):
         return out.zero_()
-    t = tiles(d, e)
-    precision = "ieee" if interpreting() else _precision("hip" if torch.version.hip else "cuda")
-    start = writes if initial is None else initial.contiguous()
-    where = torch.cuda.device(writes.device) if writes.device.type == "cuda" else contextlib.nullcontext()
-    with where:
-        tk.delta_states_fwd_kernel[(b * h, triton.cdiv(e, t.be))](
-            keeps.contiguous(), writes.contiguous(), start, out, c, d, e,
-            HAS_START=initial is not None, BD=t.bd, BK=t.bk, BE=t.be, PRECISION=precision, num_warps=t.warps, num_stages=1,
+    dot, precision = products_of(dtype)
+    with on_device(a):
+        tk.delta_pairs_fwd_kernel[(count, triton.cdiv(r, _SIDE), triton.cdiv(s, _SIDE))](
+            a, b, out, a.stride(), b.stride(), r, s, width,
+            BR=_SIDE, BW=_DEPTH, DOT=DOT_TYPES[dot], PRECISION=precision, num_warps=4, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -62,26 +87,24 @@ GATE_BATCH, GATE_HEADS, GATE_CHUNKS = 8, 16, 64
 
 
 def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
-    """The kernel with and without a state coming in."""
-    t = tiles(dim, dim)
+    """The walk with each kind of gate, forwards and backwards; products inside chunks and of their gradients."""
+    dot, precision = dot_type(dtype, target.backend)
+    t = tiles(precision, dim, dim)
     rows = GATE_BATCH * GATE_HEADS * GATE_CHUNKS
-    work = Cost(2.0 * rows * dim**3, 12.0 * rows * dim**2)
-    for start in (False, True):
-        yield GateCase(
-            tk.delta_states_fwd_kernel,
-            "start" if start else "empty",
-            {name: "fp32" for name in ("P", "R", "START", "S")},
-            {
-                "HAS_START": start,
-                "BD": t.bd,
-                "BK": t.bk,
-                "BE": t.be,
-                "PRECISION": _precision(target.backend),
-            },
-            t.warps,
-            1,
-            True,
-            work,
-            f"B{GATE_BATCH} H{GATE_HEADS} C{GATE_CHUNKS} D{dim}",
-            ("CHUNKS",),
-        )
+    shape = f"B{GATE_BATCH} H{GATE_HEADS} C{GATE_CHUNKS} D{dim}"
+    products = dict(DOT=DOT_TYPES[dot], PRECISION=precision)
+    names = ("U", "W", "K", "ACROSS", "EXTRA", "START", "X", "MET", "LAST")
+    work = Cost(4.0 * rows * CHUNK * dim**2, 4.0 * rows * (4 * CHUNK * dim + dim**2))
+    for gate in ("none", "scalar", "keys"):
+        for adjoint in (False, True):
+            size = dict(GATE=gate, HAS_EXTRA=adjoint, ADJOINT=adjoint, BT=t.bt, BD=t.bd, BE=t.be)
+            yield GateCase(
+                tk.delta_walk_fwd_kernel, f"{gate} adjoint" if adjoint else gate, {n: "fp32" for n in names},
+                size | products, t.warps, 1, True, work, shape, ("CHUNKS", "T"),
+            )  # fmt: skip
+    strides = ("i32",) * 3
+    yield GateCase(
+        tk.delta_pairs_fwd_kernel, "pairs", {"A": "fp32", "B": "fp32", "O": "fp32", "a_strides": strides, "b_strides": strides},
+        dict(BR=_SIDE, BW=_DEPTH) | products, 4, 1, True,
+        Cost(2.0 * rows * CHUNK**2 * dim, 4.0 * rows * CHUNK * (2 * dim + CHUNK)), shape, ("R", "S", "a_strides.2", "b_strides.2"),
+    )  # fmt: skip

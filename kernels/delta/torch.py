@@ -9,15 +9,37 @@ Chunks are short: on a CPU the products inside them, which grow with their lengt
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels._common.gates import detached_gates, gated_products
 from kernels._common.prefix import chunked, even_chunk, power_chunk
-from kernels.delta.walk import walk as walk_in_torch
+from kernels.delta.walk import walk
 
 CHUNK = 32
+
+
+class Parts(NamedTuple):
+    """What an implementation brings.
+
+    Attributes:
+        walk: From chunk to chunk; arguments and results of ``walk.walk``.
+        pairs: ``a b^T`` over the last two axes.
+        gated: Weights inside chunks for decay per channel, as ``gated_products``.
+        read: Outputs from queries, keys, corrected values [B, H, L, E], gates, initial state and whether inclusive; None reads the walk's states.
+        least: Fewest steps per chunk that ``gated`` takes.
+    """
+
+    walk: Callable
+    pairs: Callable
+    gated: Callable
+    read: Callable | None = None
+    least: int = 1
+
+
+IN_TORCH = Parts(walk, lambda a, b: a @ b.mT, gated_products)
 
 
 def scan(
@@ -31,71 +53,56 @@ def scan(
     initial: Tensor | None,
     chunk: int = CHUNK,
     outputs: bool = True,
-    walk: Callable = walk_in_torch,
-    products: Callable = gated_products,
-    least: int = 1,
+    parts: Parts = IN_TORCH,
 ) -> tuple[Tensor | None, Tensor]:
     """Arguments as in ``reference.scan``.
 
     Args:
         chunk: Steps per chunk.
         outputs: False computes the last state alone.
-        walk: What goes from chunk to chunk, with the arguments and results of ``walk.walk``.
-        products: What computes the weights inside chunks for decay per channel.
-        least: Fewest steps per chunk that ``products`` takes.
+        parts: Products and the walk.
 
     Returns:
         o [B, H, L, E] (None without ``outputs``) and the last state [B, H, D, E].
     """
-    length = q.shape[2]
+    length, inclusive = q.shape[2], read == "inclusive"
     vector = log_g is not None and log_g.dim() == 4
     if vector:
-        chunk = max(least, power_chunk(length, 1 << (chunk - 1).bit_length()))  # halves must be whole
+        chunk = max(parts.least, power_chunk(length, 1 << (chunk - 1).bit_length()))  # halves must be whole
     else:
         chunk = even_chunk(length, chunk)
     gates, zero = detached_gates(log_g)
-    if zero is not None and not vector:
+    kb = k * beta[..., None]
+    if zero is not None and vector:
+        kb, q, k = kb * zero.exp(), q * zero.exp(), k * (-zero).exp()
+    elif zero is not None:
         v = v * (-zero).exp()[..., None]
-    qc, kc, vc = (chunked(t, chunk) for t in (q, k, v))
-    bc = chunked(beta, chunk)[..., None]
-    kb = kc * bc
-    inclusive = read == "inclusive"
-    mixed = None
-    if log_g is None:
-        system = (kb @ kc.mT).tril(-1)
-        if outputs:
-            mixed = (qc @ kc.mT).tril(0 if inclusive else -1)
-        k_start, k_end, q_start, across = kb, kc, qc, None
+    qc, kc, kb, vb = (chunked(t, chunk) for t in (q, k, kb, v * beta[..., None]))
+    cum = None if gates is None else chunked(gates, chunk).cumsum(3)
+    from_start = to_end = across = None
+    if cum is None:
+        weigh = lambda rows, diagonal: parts.pairs(rows, kc).tril(diagonal)
     elif vector:
-        cum = chunked(gates, chunk).cumsum(-2)
         total = cum[..., -1:, :]
-        if zero is not None:
-            ahead = chunked(zero, chunk)
-            kb, qc, kc = kb * ahead.exp(), qc * ahead.exp(), kc * (-ahead).exp()
-        system = products(kb, kc, cum, diagonal=False)
-        if outputs:
-            mixed = products(qc, kc, cum, diagonal=inclusive)
-        from_start = cum.exp()
-        k_start, q_start, k_end = kb * from_start, qc * from_start, kc * (total - cum).exp()
-        across = total.exp().mT
+        from_start, to_end, across = cum.exp(), (total - cum).exp(), total.exp().mT
+        weigh = lambda rows, diagonal: parts.gated(rows, kc, cum, diagonal=diagonal == 0)
     else:
-        cum = chunked(gates, chunk).cumsum(-1)
         total = cum[..., -1:]
+        from_start, to_end, across = (t.exp()[..., None] for t in (cum, total - cum, total))
         seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
         # Masked before exp: entries above the diagonal may be large, and inf * 0 would make gradients NaN.
         decay = (cum[..., :, None] - cum[..., None, :]).masked_fill_(~seen, float("-inf")).exp()
-        earlier = decay.tril(-1)
-        system = (kb @ kc.mT) * earlier
-        if outputs:
-            mixed = (qc @ kc.mT) * (decay if inclusive else earlier)
-        from_start = cum.exp()[..., None]
-        k_start, q_start, k_end = kb * from_start, qc * from_start, kc * (total - cum).exp()[..., None]
-        across = total.exp()[..., None]
-    x, before, last = walk(system, vc * bc, k_start, k_end, across, initial)
+        weigh = lambda rows, diagonal: parts.pairs(rows, kc) * (decay if diagonal == 0 else decay.tril(-1))
+    faded = lambda t, factor: t if factor is None else t * factor
+    x, before, last = parts.walk(weigh(kb, -1), vb, faded(kb, from_start), faded(kc, to_end), across, initial)
     if zero is not None:
         end = zero[:, :, -1].exp()
         last = last * (end[..., None] if vector else end[..., None, None])
     if not outputs:
         return None, last
-    o = (q_start @ before + mixed @ x).flatten(2, 3)[:, :, :length]
+    if parts.read is None:
+        o = faded(qc, from_start) @ before + weigh(qc, 0 if inclusive else -1) @ x
+        o = o.flatten(2, 3)[:, :, :length]
+    else:
+        o = parts.read(q, k, x.flatten(2, 3)[:, :, :length], gates, initial, inclusive)
     return o if zero is None or vector else o * zero.exp()[..., None], last

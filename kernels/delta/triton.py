@@ -1,11 +1,11 @@
-"""Triton kernel for the sequential part of the delta rule.
+"""Triton kernels for the delta rule: the walk from chunk to chunk, and the products of all pairs of a chunk.
 
-In chunks the rule is ``S_{c+1} = P_c S_c + R_c`` with one [D, D] matrix and one [D, E] matrix per chunk; everything else is products and a
-triangular solve that run in parallel over chunks and that the vendor's libraries do best. ``delta_states_fwd_kernel`` walks over the chunks with
-the state in registers, except where [D, D] does not fit there: then it multiplies blocks of BK columns with the rows of the state that it has just
-written. Its gradient is the same recurrence with transposed matrices, backwards (see ``ops.py``), so it serves all derivatives.
+Per chunk the walk is ``x = u - w S``, then ``S' = a S + k^T x + g`` (see ``walk.py``; here the triangular system is already solved into u and w). Its
+gradient is the same walk in the other direction with w and k in each other's place and both signs turned, so one kernel serves derivatives of
+every order. What is parallel over chunks are products ``a b^T`` of small matrices; those of such products are of the same form.
 
-All in float32: errors in P multiply along the sequence. Products run as three TF32 passes on NVIDIA and as float32 matrix instructions on AMD.
+Everything in memory and all sums are float32. bfloat16 inputs are multiplied as such; float16 and float32 products run in TF32 (three passes for
+float32), because gradients of states leave float16's range.
 """
 
 import triton
@@ -13,37 +13,73 @@ import triton.language as tl
 
 
 @triton.jit
-def delta_states_fwd_kernel(
-    P, R, START, S,
-    CHUNKS, D, E,
-    HAS_START: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+def delta_walk_fwd_kernel(
+    U, W, K, ACROSS, EXTRA, START, X, MET, LAST,
+    CHUNKS, T, D, E,
+    GATE: tl.constexpr, HAS_EXTRA: tl.constexpr, ADJOINT: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S[0] = START, S[c + 1] = P[c] S[c] + R[c]; P [BH, C, D, D], R [BH, C, D, E], S [BH, C + 1, D, E], contiguous float32."""
-    bh = tl.program_id(0).to(tl.int64)
+    """All contiguous float32: U, X [Z, C, T, E], W, K [Z, C, T, D], ACROSS [Z, C] or [Z, C, D], EXTRA, MET [Z, C, D, E], START, LAST [Z, D, E].
+
+    MET is the state that each chunk meets; BT rows of a chunk at a time, BE columns of the state per program.
+    """
+    z = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     d = tl.arange(0, BD)
+    t = tl.arange(0, BT)
     tile = d[:, None] * E + e[None, :]
     tile_in = (d < D)[:, None] & (e < E)[None, :]
-    k = tl.arange(0, BK)
-    state = tl.zeros((BD, BE), tl.float32)
-    if HAS_START:
-        state = tl.load(START + bh * D * E + tile, mask=tile_in, other=0.0)
-    tl.store(S + bh * (CHUNKS + 1) * D * E + tile, state, mask=tile_in)
-    for c in range(CHUNKS):
-        at = bh * CHUNKS + c
-        write = tl.load(R + at * D * E + tile, mask=tile_in, other=0.0)
-        if BK == BD:
-            keep_in = (d < D)[:, None] & (k < D)[None, :]
-            keep = tl.load(P + at * D * D + d[:, None] * D + k[None, :], mask=keep_in, other=0.0)
-            state = tl.dot(keep, state, write, input_precision=PRECISION)
-        else:
-            tl.debug_barrier()  # the whole tile of the state before this chunk is in memory now
-            state = write
-            for k0 in range(0, D, BK):
-                row = k0 + k
-                keep_in = (d < D)[:, None] & (row < D)[None, :]
-                keep = tl.load(P + at * D * D + d[:, None] * D + row[None, :], mask=keep_in, other=0.0)
-                past_in = (row < D)[:, None] & (e < E)[None, :]
-                past = tl.load(S + (at + bh) * D * E + row[:, None] * E + e[None, :], mask=past_in, other=0.0)
-                state = tl.dot(keep, past, state, input_precision=PRECISION)
-        tl.store(S + (at + bh + 1) * D * E + tile, state, mask=tile_in)
+    state = tl.load(START + z * D * E + tile, mask=tile_in, other=0.0)
+    for step in range(CHUNKS):
+        c = step
+        if ADJOINT:
+            c = CHUNKS - 1 - step
+        at = z * CHUNKS + c
+        tl.store(MET + at * D * E + tile, state, mask=tile_in)
+        past = state.to(DOT)
+        if GATE == "scalar":
+            state = state * tl.load(ACROSS + at)
+        elif GATE == "keys":
+            state = state * tl.load(ACROSS + at * D + d, mask=d < D, other=0.0)[:, None]
+        if HAS_EXTRA:
+            state += tl.load(EXTRA + at * D * E + tile, mask=tile_in, other=0.0)
+        for t0 in range(0, T, BT):
+            row = at * T + t0 + t
+            in_t = t0 + t < T
+            w_in = in_t[:, None] & (d < D)[None, :]
+            w = tl.load(W + row[:, None] * D + d[None, :], mask=w_in, other=0.0).to(DOT)
+            x_in = in_t[:, None] & (e < E)[None, :]
+            u = tl.load(U + row[:, None] * E + e[None, :], mask=x_in, other=0.0)
+            read = tl.dot(w, past, input_precision=PRECISION)
+            if ADJOINT:
+                x = u + read
+                write = -x
+            else:
+                x = u - read
+                write = x
+            tl.store(X + row[:, None] * E + e[None, :], x, mask=x_in)
+            k_in = (d < D)[:, None] & in_t[None, :]
+            k = tl.load(K + row[None, :] * D + d[:, None], mask=k_in, other=0.0).to(DOT)  # [BD, BT]
+            state = tl.dot(k, write.to(DOT), state, input_precision=PRECISION)
+    tl.store(LAST + z * D * E + tile, state, mask=tile_in)
+
+
+@triton.jit
+def delta_pairs_fwd_kernel(
+    A, B, O,
+    a_strides, b_strides, R, S, W,
+    BR: tl.constexpr, BW: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O [L, R, S] = A [L, R, W] B [L, S, W]^T, float32; A and B with any strides."""
+    at = tl.program_id(0).to(tl.int64)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    s = tl.program_id(2) * BR + tl.arange(0, BR)
+    acc = tl.zeros((BR, BR), tl.float32)
+    for w0 in range(0, W, BW):
+        w = w0 + tl.arange(0, BW)
+        a_at = A + at * a_strides[0] + r[:, None] * a_strides[1] + w[None, :] * a_strides[2]
+        a = tl.load(a_at, mask=(r < R)[:, None] & (w < W)[None, :], other=0.0).to(DOT)
+        b_at = B + at * b_strides[0] + s[None, :] * b_strides[1] + w[:, None] * b_strides[2]
+        b = tl.load(b_at, mask=(s < S)[None, :] & (w < W)[:, None], other=0.0).to(DOT)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    tl.store(O + at * R * S + r[:, None] * S + s[None, :], acc, mask=(r < R)[:, None] & (s < S)[None, :])

@@ -9,6 +9,8 @@ recorded or recomputed inside the loop. Registered as ``zoo::delta_walk``: torch
 import torch
 from torch import Tensor
 
+from kernels._common.choice import in_forward_mode
+
 
 @torch.library.custom_op("zoo::delta_walk", mutates_args=())
 def delta_walk(
@@ -119,11 +121,6 @@ def walk(
     flat = [None if t is None else t.flatten(0, 1) for t in (u, w, system, inverse, k, across)]
     x, met, last = delta_walk(*flat, None, initial.flatten(0, 1), False)
     return x.unflatten(0, shape), met.unflatten(0, shape), last.unflatten(0, shape)
-
-
-def in_forward_mode() -> bool:
-    """Inside `torch.func.jvp` and its kin, or among dual tensors: a registered operator drops tangents in silence there."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _recorded(

@@ -16,46 +16,9 @@ float32 inputs use three TF32 passes on NVIDIA (error near float32) and float32 
 import triton
 import triton.language as tl
 
+from kernels.linear.features_triton import dphi, phi
+
 DOT_TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
-
-
-@triton.jit
-def _phi(x, FEATURE: tl.constexpr):
-    if FEATURE == "elu1":
-        return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-    elif FEATURE == "relu":
-        return tl.maximum(x, 0.0) + 1e-3
-    elif FEATURE == "sqrelu":
-        r = tl.maximum(x, 0.0)
-        return r * r + 1e-3
-    elif FEATURE == "exp":
-        return tl.exp(tl.minimum(x, 30.0))
-    elif FEATURE == "softplus":
-        return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-    elif FEATURE == "silu":
-        return x * tl.sigmoid(x)
-    else:
-        tl.static_assert(FEATURE == "identity", "unknown feature map")
-        return x
-
-
-@triton.jit
-def _dphi(x, FEATURE: tl.constexpr):
-    if FEATURE == "elu1":
-        return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
-    elif FEATURE == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
-    elif FEATURE == "sqrelu":
-        return 2.0 * tl.maximum(x, 0.0)
-    elif FEATURE == "exp":
-        return tl.where(x <= 30.0, tl.exp(tl.minimum(x, 30.0)), 0.0)
-    elif FEATURE == "softplus":
-        return tl.sigmoid(x)
-    elif FEATURE == "silu":
-        s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
-    else:
-        return tl.full(x.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -93,7 +56,7 @@ def linear_state_fwd_kernel(
             y_base + j64[:, None] * syn + e[None, :], mask=keep[:, None] & (e < E)[None, :], other=0.0
         )
         x = tl.load(x_base + j64[None, :] * sxn + f[:, None], mask=x_in, other=0.0).to(tl.float32)
-        x = tl.where(x_in, _phi(x, FEATURE), 0.0)  # [BF, BM]
+        x = tl.where(x_in, phi(x, FEATURE), 0.0)  # [BF, BM]
         rot = x
         if HAS_ROT:
             rot = tl.load(r_base + j64[None, :] * srn + f[:, None], mask=x_in, other=0.0).to(tl.float32)
@@ -156,7 +119,7 @@ def linear_read_fwd_kernel(
             f = f0 + tl.arange(0, BF)
             q_in = (i < N)[:, None] & (f < F)[None, :]
             x = tl.load(q_base + f[None, :], mask=q_in, other=0.0).to(tl.float32)
-            x = tl.where(q_in, _phi(x, FEATURE), 0.0)
+            x = tl.where(q_in, phi(x, FEATURE), 0.0)
             if HAS_ROT:
                 rot = tl.load(r_base + f[None, :], mask=q_in, other=0.0).to(DOT).to(tl.float32)
                 r += tl.sum(rot * tl.load(KR + bh * F + f, mask=f < F, other=0.0)[None, :], 1)
@@ -182,7 +145,7 @@ def linear_read_fwd_kernel(
                 left = tl.load(r_base + f[None, :], mask=q_in, other=0.0).to(DOT)
             else:
                 x = tl.load(q_base + f[None, :], mask=q_in, other=0.0).to(tl.float32)
-                left = tl.where(q_in, _phi(x, FEATURE), 0.0).to(DOT)
+                left = tl.where(q_in, phi(x, FEATURE), 0.0).to(DOT)
             c_in = (f < F)[:, None] & (e < E)[None, :]
             c = tl.load(CM + bh * F * E + f[:, None] * E + e[None, :], mask=c_in, other=0.0)
             acc = tl.dot(left, c.to(DOT), acc, input_precision=PRECISION)
@@ -223,7 +186,7 @@ def linear_read_bwd_q_kernel(
     raw = tl.load(Q + b * sqb + h * sqh + i64[:, None] * sqn + f[None, :], mask=q_in, other=0.0).to(
         tl.float32
     )
-    x = tl.where(q_in, _phi(raw, FEATURE), 0.0)
+    x = tl.where(q_in, phi(raw, FEATURE), 0.0)
     rot = x
     if HAS_ROT:
         rot = tl.load(QR + b * srb + h * srh + i64[:, None] * srn + f[None, :], mask=q_in, other=0.0).to(
@@ -263,7 +226,7 @@ def linear_read_bwd_q_kernel(
     else:
         dz += dr
         grad += dz[:, None] * kb[None, :]
-    grad = grad * _dphi(raw, FEATURE)
+    grad = grad * dphi(raw, FEATURE)
     tl.store(DQ + (bh * N + i64[:, None]) * F + f[None, :], grad.to(DQ.dtype.element_ty), mask=q_in)
     at = bh * N + i64
     tl.store(WS + at, row, mask=i < N)
@@ -321,8 +284,8 @@ def linear_state_bwd_kernel(
             grad = acc + da[None, :]
         if HAS_W:
             weighed = grad
-            dw += tl.sum(tl.where(x_in, _phi(raw, FEATURE), 0.0) * weighed, 1)
-        grad = tl.where(x_in, grad * w[:, None] * _dphi(raw, FEATURE), 0.0)
+            dw += tl.sum(tl.where(x_in, phi(raw, FEATURE), 0.0) * weighed, 1)
+        grad = tl.where(x_in, grad * w[:, None] * dphi(raw, FEATURE), 0.0)
         tl.store(DX + at, grad.to(DX.dtype.element_ty), mask=out_in)
     if HAS_W:
         tl.store(DW + bh * M + j64, tl.where(keep, dw, 0.0), mask=j < M)
@@ -336,7 +299,7 @@ def linear_state_bwd_kernel(
                 left = tl.load(r_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
             else:
                 left = tl.load(x_base + f[None, :], mask=x_in, other=0.0).to(tl.float32)
-                left = tl.where(x_in, _phi(left, FEATURE), 0.0)
+                left = tl.where(x_in, phi(left, FEATURE), 0.0)
             ds_in = (f < F)[:, None] & (e < E)[None, :]
             ds = tl.load(DS + bh * F * E + f[:, None] * E + e[None, :], mask=ds_in, other=0.0)  # [BF, BE]
             acc = tl.dot((left * w[:, None]).to(DOT), ds.to(DOT), acc, input_precision=PRECISION)

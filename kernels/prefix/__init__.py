@@ -80,7 +80,8 @@ def prefix_softmax(
     if reverse:
         s, v_work = s.flip(2), v_work.flip(2)
     if s.shape[2] == 0:
-        return v.new_zeros(*v.shape[:2], queries or 0, v.shape[3])
+        # Sums of nothing keep the result in the graph.
+        return v.new_zeros(*v.shape[:2], queries or 0, v.shape[3]) + v.sum() + s.sum().to(v.dtype)
     options = {"chunk": chunk} if impl == "torch" else {}
     out = _path(impl).prefix_softmax(s, v_work, read=read, **options).to(v.dtype)
     if reverse:

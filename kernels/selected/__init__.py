@@ -80,7 +80,7 @@ def block_scores(
     op = "block_scores"
     check_qkv(op, q, k_cmp, k_cmp, grouped=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose(op, impl, q, k_cmp, triton_gap=_gap(q, k_cmp)) == "triton":
+    if choose(op, impl, q, k_cmp) == "triton":
         from kernels.selected import ops
 
         if lse is None:
@@ -180,7 +180,7 @@ def attention(
     if block_size < 1:
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
     asked = impl not in (None, "auto") or current_choice() is not None
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(q, v))
+    impl = choose(op, impl, q, k, v)
     if impl == "triton" and higher_order and not asked:
         impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -218,9 +218,3 @@ def cost(
     flops = 2.0 * batch * heads * queries * keys * (dim + e)
     moved = batch * itemsize * queries * (heads * (dim + e) + key_heads * keys * (dim + e))
     return Cost(flops, float(moved))
-
-
-def _gap(*tensors: Tensor) -> str | None:
-    """Such heads do not fit into the kernels' registers."""
-    wide = tensors[0].dtype == pt.float32 and max(t.shape[-1] for t in tensors) > 64
-    return "float32 heads wider than 64" if wide else None

@@ -10,12 +10,17 @@ from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.selected import triton as tk
 from kernels.softmax import cases
-from kernels.softmax.launch import Tiles, _new, backend, dot_types, on_device, pow2, row_dense, types_of
+from kernels.softmax.launch import Problem, _new, on_device, row_dense
+from kernels.softmax.launch import operands as shared_operands
+from kernels.softmax.operands import Operands
+from kernels.softmax.tiles import Tiles, backend, dot_types, pow2, types_of
 from kernels.softmax.triton import DOT_TYPES
 
 
-def tiles(kernel: str, where: str, dot: str) -> Tiles:
+def tiles(kernel: str, where: str, dot: str, width: int) -> Tiles:
     """Rows and keys: the forward and dq kernels have the heads of one group as rows, whose number is given elsewhere."""
+    if dot == "float32" and width > 64 and where == "cuda":
+        return Tiles(16, 16, 8, 1, piece=32)
     small = where == "hip" or dot == "float32"
     rows = 64 if kernel in ("scores", "bwd_dkdv") and not small else 16
     few = where == "hip" or (small and kernel != "bwd_dkdv")
@@ -23,26 +28,25 @@ def tiles(kernel: str, where: str, dot: str) -> Tiles:
 
 
 def _plan(
-    kernel: str, q: Tensor, e: int, group: int, block_size: int, scale: float, causal: bool
+    kernel: str, q: Tensor, e: int, group: int, block_size: int, scale: float, band: int
 ) -> tuple[tk.Config, dict]:
     dot, precision = types_of(q)
     d = q.shape[3]
-    t = tiles(kernel, backend(), dot)
+    t = tiles(kernel, backend(), dot, max(d, e))
     rows = t.queries if kernel in ("bwd_dkdv", "scores") else pow2(group)
-    config = tk.Config(scale, causal, block_size, rows, t.keys, pow2(d), pow2(e), DOT_TYPES[dot], precision)
+    config = tk.Config(
+        scale, band, block_size, rows, t.keys, pow2(d), pow2(e), DOT_TYPES[dot], precision, t.piece
+    )
     return config, dict(num_warps=t.warps, num_stages=t.stages)
 
 
-def _operands(key_mask: Tensor | None, pos_q: Tensor | None, pos_k: Tensor | None) -> tk.Operands:
-    given = {}
-    if key_mask is not None:
-        mask = key_mask.contiguous().view(torch.uint8)
-        given |= dict(mask=mask, mask_b=mask.stride(0))
-    for name, t in (("pos_q", pos_q), ("pos_k", pos_k)):
-        if t is not None:
-            t = t.to(torch.int32).contiguous()
-            given |= {name: t, f"{name}_b": 0 if t.shape[0] == 1 else t.stride(0)}
-    return tk.Operands(**given)
+def _seen(q, k, v, key_mask, pos_q, pos_k, causal: bool) -> tuple[Operands, int]:
+    """What hides keys: the operands, and where positions come from (``Config.band``)."""
+    aligned = pos_q is None
+    call = Problem(
+        q, k, v, key_mask=key_mask, pos_q=pos_q, pos_k=pos_k, aligned=aligned, right=0 if causal else -1
+    )
+    return shared_operands(call), 0 if not causal else 1 if aligned else 2
 
 
 def _sizes(q: Tensor, k: Tensor, e: int, chosen: int, block_size: int) -> tk.Sizes:
@@ -68,11 +72,12 @@ def fwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale) -> tu
     if 0 in (b, h, n, k.shape[2], index.shape[3]):
         return out.zero_(), lse.fill_(-torch.inf)
     size = _sizes(q, k, e, index.shape[3], block_size)
-    config, options = _plan("fwd", q, e, size.g, block_size, scale, causal)
+    operands, band = _seen(q, k, v, key_mask, pos_q, pos_k, causal)
+    config, options = _plan("fwd", q, e, size.g, block_size, scale, band)
     with on_device(q):
         tk.selected_fwd_kernel[(b * size.hk, n)](
             q, k, v, index.to(torch.int32).contiguous(), out, lse, *(t.stride()[:3] for t in (q, k, v)), size,
-            _operands(key_mask, pos_q, pos_k), C=config, **options,
+            operands, C=config, **options,
         )  # fmt: skip
     return out, lse
 
@@ -88,9 +93,9 @@ def bwd(
     size = _sizes(q, k, e, index.shape[3], block_size)
     shared = (do, lse.contiguous(), delta.contiguous())
     strides = [t.stride()[:3] for t in (q, k, v, do)]
-    operands = _operands(key_mask, pos_q, pos_k)
+    operands, band = _seen(q, k, v, key_mask, pos_q, pos_k, causal)
     with on_device(q):
-        config, options = _plan("bwd_dq", q, e, size.g, block_size, scale, causal)
+        config, options = _plan("bwd_dq", q, e, size.g, block_size, scale, band)
         tk.selected_bwd_dq_kernel[(b * size.hk, n)](
             q,
             k,
@@ -104,7 +109,7 @@ def bwd(
             C=config,
             **options,
         )
-        config, options = _plan("bwd_dkdv", q, e, size.g, block_size, scale, causal)
+        config, options = _plan("bwd_dkdv", q, e, size.g, block_size, scale, band)
         tk.selected_bwd_dkdv_kernel[(b * size.hk, size.nb * triton.cdiv(block_size, config.BM))](
             q, k, v, *invert(index, size.nb), *shared, dk, dv, *strides, size, operands, C=config, **options
         )
@@ -121,7 +126,7 @@ def scores(
         return q.new_zeros(b, hk, n, nb, dtype=torch.float32)
     out = _new(q, b, hk, n, nb)
     size = _sizes(q, k_cmp, q.shape[3], 1, 1)._replace(nb=nb)
-    config, options = _plan("scores", q, q.shape[3], size.g, 1, scale, False)
+    config, options = _plan("scores", q, q.shape[3], size.g, 1, scale, 0)
     # Rows of the stencil that touch a tile of selection blocks.
     touched = torch.nn.functional.pad(stencil > 0, (0, -nb % config.BM)).unflatten(1, (-1, config.BM)).any(2)
     place = torch.arange(k_cmp.shape[2], device=q.device)[:, None]
@@ -160,20 +165,13 @@ _QUERIES, _CHOSEN, _BLOCK, _GROUP, _STRIDE = 4096, 16, 64, 16, 16
 
 def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     """Groups of 16 heads, blocks of 64 keys; scores over compressed keys with a stride of 16; the choice, which has no head size, once."""
-    if dtype == "float32" and dim > 64:  # not claimed
-        return
     dot, precision = dot_types(dtype, target.backend)
     data = cases.SHORT[dtype]
     batch, groups = cases.BATCH, 4
     rows = float(batch * groups * _GROUP * _QUERIES)
     pairs, compressed = rows * _CHOSEN * _BLOCK, rows * _QUERIES / _STRIDE
     moved = rows * dim * (4 if dtype == "float32" else 2)
-    mask = tk.Operands(mask="*u8", mask_b="i32")
-    places = tk.Operands(pos_q="*i32", pos_q_b="i32", pos_k="*i32", pos_k_b="i32")
-    unaligned = (
-        *(f"size.{f}" for f in tk.Sizes._fields[:-2]),
-        *(f"x.{f}" for f in ("mask_b", "pos_q_b", "pos_k_b")),
-    )
+    unaligned = (*(f"size.{f}" for f in tk.Sizes._fields[:-2]), *cases.UNALIGNED)
     pointers = cases.pointers(data) | {
         "INDEX": "i32", "PTR": "i32", "QUERIES": "i32", "STENCIL": "fp32", "SPAN": "i32", "SCORES": "fp32", "VISIBLE": "u8",
         "visible_strides": ("i32", "i32"), "size": tk.Sizes(*("i32",) * 8),
@@ -184,15 +182,16 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         (tk.selected_bwd_dkdv_kernel, "bwd_dkdv", 4 * pairs),
         (tk.selected_scores_kernel, "scores", compressed),
     ):
-        t = tiles(name, target.backend, dot)
+        t = tiles(name, target.backend, dot, dim)
         config = tk.Config(
-            dim**-0.5, False, _BLOCK, t.queries, t.keys, pow2(dim), pow2(dim), DOT_TYPES[dot], precision
+            dim**-0.5, 0, _BLOCK, t.queries, t.keys, pow2(dim), pow2(dim), DOT_TYPES[dot], precision, t.piece
         )
-        variants = (("mask", mask, config), ("positions", places, config._replace(causal=True)))
-        for variant, operands, constants in variants[: 1 if name == "scores" else 2]:
-            own = {n: kind for n, kind in (pointers | {"x": operands}).items() if n in kernel.arg_names}
+        variants = (("mask", ("mask",), 0), ("positions", ("positions", "right"), 2))
+        for variant, names, band in variants[: 1 if name == "scores" else 2]:
+            given = pointers | {"x": cases.operands(names, data)}
+            own = {n: kind for n, kind in given.items() if n in kernel.arg_names}
             yield GateCase(
-                kernel, variant, own, {"C": constants}, t.warps, t.stages, True, Cost(2.0 * work * dim, 4 * moved),
+                kernel, variant, own, {"C": config._replace(band=band)}, t.warps, t.stages, True, Cost(2.0 * work * dim, 4 * moved),
                 f"B{batch} Hk{groups} G{_GROUP} N{_QUERIES} D{dim}", unaligned=unaligned,
             )  # fmt: skip
     if dtype == "float32" and dim == 16:

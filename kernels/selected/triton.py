@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.softmax.scores import LN2, LOG2E
+from kernels.softmax.operands import load_rows, rows_product
+from kernels.softmax.scores import LOG2E, finished, online, weights
+from kernels.softmax.visible import visible
 
 
 class Sizes(NamedTuple):
@@ -31,22 +33,11 @@ class Sizes(NamedTuple):
     e: Any
 
 
-class Operands(NamedTuple):
-    """Optional key mask and positions (batch stride 0 where shared); positions None: query i at i + M - N."""
-
-    mask: Any = None
-    mask_b: Any = None
-    pos_q: Any = None
-    pos_q_b: Any = None
-    pos_k: Any = None
-    pos_k_b: Any = None
-
-
 class Config(NamedTuple):
-    """``SIZE`` keys of a block, ``BM`` of them in a tile; ``BN`` rows of queries and heads."""
+    """``SIZE`` keys of a block, ``BM`` of them in a tile; ``BN`` rows of queries and heads; ``band`` and ``piece`` as in ``kernels.softmax.operands.Config``."""
 
     scale: float
-    causal: bool
+    band: int
     SIZE: int
     BN: int
     BM: int
@@ -54,30 +45,7 @@ class Config(NamedTuple):
     BE: int
     dot: Any
     precision: str
-
-
-@triton.jit
-def _gather(P, strides, b, head, token, inside, width, W: tl.constexpr, DOT: tl.constexpr):
-    """[rows, W]: a head and a token for each row."""
-    c = tl.arange(0, W)
-    row = head.to(tl.int64) * strides[1] + token.to(tl.int64) * strides[2]
-    at = P + b * strides[0] + row[:, None] + c[None, :]
-    return tl.load(at, mask=inside[:, None] & (c < width)[None, :], other=0.0).to(DOT)
-
-
-@triton.jit
-def _seen(i, j, in_i, in_j, b, x, size, C: tl.constexpr):
-    seen = in_i[:, None] & in_j[None, :]
-    if x.mask is not None:
-        seen = seen & (tl.load(x.mask + b * x.mask_b + j, mask=in_j, other=0) != 0)[None, :]
-    if C.causal:
-        if x.pos_q is not None:
-            pi = tl.load(x.pos_q + b * x.pos_q_b + i, mask=in_i, other=0)
-            pj = tl.load(x.pos_k + b * x.pos_k_b + j, mask=in_j, other=0)
-            seen = seen & (pj[None, :] <= pi[:, None])
-        else:
-            seen = seen & (j[None, :] <= (i + (size.m - size.n))[:, None])
-    return seen
+    piece: int | None = None
 
 
 @triton.jit
@@ -91,11 +59,9 @@ def _tile(step, INDEX, row, size, C: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(q, k, lse, seen, C: tl.constexpr):
-    s = tl.dot(q, k, input_precision=C.precision) * (C.scale * LOG2E)
-    seen = seen & (lse > float("-inf"))[:, None]
-    lse = tl.where(lse > float("-inf"), lse, 0.0) * LOG2E
-    return tl.exp2(tl.where(seen, s - lse[:, None], float("-inf")))
+def _weights(s, i, j, in_i, in_j, lse, b, x, size, C: tl.constexpr):
+    """Weights again, from ``s = q k^T`` and lse."""
+    return weights(s * (C.scale * LOG2E), lse, visible(i, j, in_i, in_j, b, x, size, None, 0, C))
 
 
 @triton.jit
@@ -106,31 +72,24 @@ def selected_fwd_kernel(Q, K, V, INDEX, O, LSE, q_strides, k_strides, v_strides,
     g = tl.arange(0, C.BN)
     in_g = g < size.g
     head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
-    q = _gather(Q, q_strides, b, head, token, in_g, size.d, C.BD, C.dot)
+    q = load_rows(Q, b, head, q_strides, token, in_g, size.d, C.BD, C.dot)
     top = tl.full((C.BN,), float("-inf"), tl.float32)
     total = tl.zeros((C.BN,), tl.float32)
     acc = tl.zeros((C.BN, C.BE), tl.float32)
     for step in range(0, size.s * ((C.SIZE + C.BM - 1) // C.BM)):
         j, in_j = _tile(step, INDEX, bh * size.n + n, size, C)
-        key_head = tl.zeros((C.BM,), tl.int64) + hk
-        k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
+        k = load_rows(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
         s = tl.dot(q, tl.trans(k), input_precision=C.precision) * (C.scale * LOG2E)
-        s = tl.where(_seen(token, j, in_g, in_j, b, x, size, C), s, float("-inf"))
-        peak = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(peak == float("-inf"), 0.0, peak)  # a row without a key so far
-        p = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(p, 1)
-        v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
+        s = tl.where(visible(token, j, in_g, in_j, b, x, size, None, 0, C), s, float("-inf"))
+        p, shrink, top, total = online(s, tl.max(s, 1), top, total)
+        v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
         acc = tl.dot(p.to(C.dot), v, acc * shrink[:, None], input_precision=C.precision)
-        top = peak
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
+    out, lse = finished(acc, top, total)
     row = (b * size.hk * size.g + head) * size.n + n
     e = tl.arange(0, C.BE)
-    out = (acc / total[:, None]).to(O.dtype.element_ty)
+    out = out.to(O.dtype.element_ty)
     tl.store(O + row[:, None] * size.e + e[None, :], out, mask=in_g[:, None] & (e < size.e)[None, :])
-    tl.store(LSE + row, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=in_g)
+    tl.store(LSE + row, lse, mask=in_g)
 
 
 @triton.jit
@@ -144,17 +103,17 @@ def selected_bwd_dq_kernel(
     in_g = g < size.g
     head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
     row = (b * size.hk * size.g + head) * size.n + n
-    q = _gather(Q, q_strides, b, head, token, in_g, size.d, C.BD, C.dot)
-    do = _gather(DO, o_strides, b, head, token, in_g, size.e, C.BE, C.dot)
+    q = load_rows(Q, b, head, q_strides, token, in_g, size.d, C.BD, C.dot)
+    do = load_rows(DO, b, head, o_strides, token, in_g, size.e, C.BE, C.dot)
     lse = tl.load(LSE + row, mask=in_g, other=float("-inf"))
     delta = tl.load(DELTA + row, mask=in_g, other=0.0)
     dq = tl.zeros((C.BN, C.BD), tl.float32)
     for step in range(0, size.s * ((C.SIZE + C.BM - 1) // C.BM)):
         j, in_j = _tile(step, INDEX, bh * size.n + n, size, C)
-        key_head = tl.zeros((C.BM,), tl.int64) + hk
-        k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
-        v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
-        p = _probabilities(q, tl.trans(k), lse, _seen(token, j, in_g, in_j, b, x, size, C), C)
+        k = load_rows(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
+        v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
+        s = tl.dot(q, tl.trans(k), input_precision=C.precision)
+        p = _weights(s, token, j, in_g, in_j, lse, b, x, size, C)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=C.precision) - delta[:, None])
         dq = tl.dot(ds.to(C.dot), k, dq, input_precision=C.precision)
     d = tl.arange(0, C.BD)
@@ -174,9 +133,8 @@ def selected_bwd_dkdv_kernel(
     within = (tl.program_id(1) % parts) * C.BM + tl.arange(0, C.BM)
     j = block * C.SIZE + within
     in_j = (within < C.SIZE) & (j < size.m)
-    key_head = tl.zeros((C.BM,), tl.int64) + hk
-    k = _gather(K, k_strides, b, key_head, j, in_j, size.d, C.BD, C.dot)
-    v = _gather(V, v_strides, b, key_head, j, in_j, size.e, C.BE, C.dot)
+    k = load_rows(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
+    v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
     dk = tl.zeros((C.BM, C.BD), tl.float32)
     dv = tl.zeros((C.BM, C.BE), tl.float32)
     first = tl.load(PTR + bh * (size.nb + 1) + block)
@@ -188,13 +146,19 @@ def selected_bwd_dkdv_kernel(
         i = tl.load(QUERIES + at, mask=inside, other=0)
         head = hk * size.g + r % size.g
         row = (b * size.hk * size.g + head) * size.n + i
-        q = _gather(Q, q_strides, b, head, i, inside, size.d, C.BD, C.dot)
-        do = _gather(DO, o_strides, b, head, i, inside, size.e, C.BE, C.dot)
+        q = load_rows(Q, b, head, q_strides, i, inside, size.d, C.BD, C.dot)
+        do = load_rows(DO, b, head, o_strides, i, inside, size.e, C.BE, C.dot)
         lse = tl.load(LSE + row, mask=inside, other=float("-inf"))
         delta = tl.load(DELTA + row, mask=inside, other=0.0)
-        p = _probabilities(q, tl.trans(k), lse, _seen(i, j, inside, in_j, b, x, size, C), C)
+        s = rows_product(
+            q, tl.trans(k), Q, K, head, hk, q_strides, k_strides, i, j, inside, in_j, b, size.d, C
+        )
+        p = _weights(s, i, j, inside, in_j, lse, b, x, size, C)
         dv = tl.dot(tl.trans(p.to(C.dot)), do, dv, input_precision=C.precision)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=C.precision) - delta[:, None])
+        dp = rows_product(
+            do, tl.trans(v), DO, V, head, hk, o_strides, v_strides, i, j, inside, in_j, b, size.e, C
+        )
+        ds = p * (dp - delta[:, None])
         dk = tl.dot(tl.trans(ds.to(C.dot)), q, dk, input_precision=C.precision)
     row = (bh * size.m + j)[:, None]
     d, e = tl.arange(0, C.BD), tl.arange(0, C.BE)
@@ -220,7 +184,7 @@ def selected_scores_kernel(
     for j0 in range(first // C.BM * C.BM, last, C.BM):
         j = j0 + tl.arange(0, C.BM)
         in_j = j < size.m
-        k = _gather(K, k_strides, b, tl.zeros((C.BM,), tl.int64) + hk, j, in_j, size.d, C.BD, C.dot)
+        k = load_rows(K, b, hk, k_strides, j, in_j, size.d, C.BD, C.dot)
         seen = in_i[:, None] & in_j[None, :]
         if VISIBLE is not None:
             at = VISIBLE + b * visible_strides[0] + i.to(tl.int64)[:, None] * visible_strides[1] + j[None, :]
@@ -228,10 +192,13 @@ def selected_scores_kernel(
         together = tl.zeros((C.BN, C.BM), tl.float32)
         for g in range(0, size.g):
             head = hk * size.g + g
-            q = _gather(Q, q_strides, b, tl.zeros((C.BN,), tl.int64) + head, i, in_i, size.d, C.BD, C.dot)
+            q = load_rows(Q, b, head, q_strides, i, in_i, size.d, C.BD, C.dot)
             row = (b * size.hk * size.g + head) * size.n + i
             lse = tl.load(LSE + row, mask=in_i, other=float("-inf"))
-            together += _probabilities(q, tl.trans(k), lse, seen, C)
+            s = rows_product(
+                q, tl.trans(k), Q, K, head, hk, q_strides, k_strides, i, j, in_i, in_j, b, size.d, C
+            )
+            together += weights(s * (C.scale * LOG2E), lse, seen)
         at = STENCIL + j.to(tl.int64)[:, None] * size.nb + block[None, :]
         overlap = tl.load(at, mask=in_j[:, None] & (block < size.nb)[None, :], other=0.0)
         acc = tl.dot(together, overlap, acc, input_precision="ieee" if C.precision == "ieee" else "tf32x3")

@@ -6,7 +6,7 @@ Implementations: ``reference`` is explicit; ``torch`` hands each call to ``F.sca
 fast (PyTorch's own kernels are the best available for plain attention on CPU, CUDA and ROCm, so the automatic choice uses them
 there too) and to explicit softmax in row blocks for double backward, forward mode, float64 and a log-sum-exp output. Row blocks keep
 memory linear in N, score mods and factors included. ``triton`` has forward and backward kernels for key mask, bias (its gradient reduced to its own shape;
-by torch for wide float32 heads and on AMD), bands, grouped heads, soft cap, low-rank factors with their gradients, score mods (gradients of their
+by torch on AMD), bands, grouped heads, soft cap, low-rank factors with their gradients, score mods (gradients of their
 tables by torch, in row blocks), a factor after the softmax and the differentiable log-sum-exp; few queries on many keys are split over the keys.
 On a GPU the automatic choice takes them for what SDPA lacks: a log-sum-exp output, windows and given positions without a mask of N x M, a bias that
 needs a gradient, and all of these options. Skipping (BLASST) works on whole tiles of the kernels, without a bias or the like. Dropout stays with torch.

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
 from kernels.softmax import triton as tk
-from kernels.softmax.launch import bias_kernel, dot_types, pow2, skip_tiles, tiles
-from kernels.softmax.scores import Config, Operands, Sizes
+from kernels.softmax.operands import Config, Operands, Sizes
 from kernels.softmax.skipping import widest
+from kernels.softmax.tiles import bias_kernel, dot_types, pow2, skip_table, table
 
 BATCH, HEADS, LENGTH = 8, 16, 4096
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -25,6 +25,8 @@ VARIANTS = {
     "row+column": (("table_a", "table_b"), 0, (4, _GRID_SIDE, _GRID_SIDE), 0.0, 1.0),
     "polyline": (("table_a", "table_b"), 0, (5, 1, _GRID_SIDE, LENGTH, 0), 0.0, 1.0),
 }
+# Variants with no more than a band and a key mask.
+PLAIN = ("plain", "causal+mask", "skip+causal+mask")
 
 
 def operands(names: tuple[str, ...], data: str) -> Operands:
@@ -81,41 +83,18 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     )
     for kernel, name, products in kernels:
         for variant, (names, band, mod, softcap, share) in VARIANTS.items():
-            if name == "bwd_dbias" and not ("bias" in names and bias_kernel(dot, dim, dim, target.backend)):
+            if name == "bwd_dbias" and not ("bias" in names and bias_kernel(target.backend)):
                 continue
-            t = tiles(
-                name,
-                target.backend,
-                dot,
-                dim,
-                dim,
-                arch,
-                "factors"
-                if "factors" in names
-                else "plain"
-                if variant in ("plain", "causal+mask", "skip+causal+mask")
-                else "rich",
-            )
+            scores = "factors" if "factors" in names else "plain" if variant in PLAIN else "rich"
+            t = table(name, target.backend, dot, dim, dim, arch, scores)
             skip = (widest(dtype == "float32", dim),) * 2 if "limit" in names else None
             if skip and target.backend == "hip":
                 continue
             if skip:
-                t = skip_tiles(name, t, skip, dot, dim, dim, arch)
+                t = skip_table(name, t, skip, dot, dim, dim, arch)
             config = Config(
-                dim**-0.5,
-                softcap,
-                band,
-                mod,
-                None,
-                t.queries,
-                t.keys,
-                pow2(dim),
-                pow2(dim),
-                16,
-                tk.DOT_TYPES[dot],
-                precision,
-                skip,
-            )
+                dim**-0.5, softcap, band, mod, None, t.queries, t.keys, pow2(dim), pow2(dim), 16, tk.DOT_TYPES[dot], precision, skip, t.piece,
+            )  # fmt: skip
             given = {**pointers(data), "size": sizes(names), "x": operands(names, data)}
             if "factors" not in names:
                 given["DPHI"] = None

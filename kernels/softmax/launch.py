@@ -1,18 +1,18 @@
-"""Launches the Triton kernels: tile sizes, grids, splits."""
+"""Launches the Triton kernels: operands, grids, splits."""
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels._common.choice import interpreting
+from kernels.softmax import tiles
 from kernels.softmax import triton as tk
 from kernels.softmax.combine import merge_lse
-from kernels.softmax.scores import Config, Lists, Operands, Sizes
+from kernels.softmax.operands import Config, Lists, Operands, Sizes
+from kernels.softmax.tiles import Tiles, pow2, types_of
 
 # Where the tiles of queries are fewer than half of this, the keys are split over so many programs.
 SPLIT_PROGRAMS = 256
@@ -53,96 +53,6 @@ class Sparse(NamedTuple):
     keys: int
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Queries and keys of a program's tiles, and how it runs."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def tiles(
-    kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, scores: str = "plain"
-) -> Tiles:
-    """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
-
-    The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all. AMD runs out of scalar registers
-    first. ``arch`` is the compute capability times ten on NVIDIA.
-    """
-    wide = max(pow2(d), pow2(e)) > 64
-    if dot == "float32":
-        if kernel == "bwd_dq" and wide and backend == "cuda" and arch < 90:
-            return Tiles(16, 32, 4, 1)
-        if kernel in ("bwd_dkdv", "bwd_dq") and backend == "cuda" and 32 < max(pow2(d), pow2(e)) <= 64:
-            return Tiles(16, 16 if kernel == "bwd_dkdv" and scores == "factors" else 32, 4, 1)
-        side = 16 if wide or backend == "hip" else 32
-        return Tiles(side, side, 8 if wide or (kernel == "bwd_dbias" and backend == "cuda") else 4, 1)
-    if backend == "hip":
-        return Tiles(32, 16, 4, 1)
-    if scores == "factors" and wide:
-        return Tiles(32, 32, 8, 1)
-    if kernel == "bwd_dkdv" and scores == "rich" and not wide and arch >= 100:
-        return Tiles(64, 32, 8, 1)
-    if kernel == "bwd_dkdv" and (scores != "plain" or (wide and arch < 90)):
-        return Tiles(32, 32, 8 if scores == "rich" and not wide and arch < 90 else 4, 1)
-    if scores != "plain":
-        return Tiles(32, 64 if kernel == "bwd_dq" else 32, 8, 1) if wide else Tiles(64, 32, 8, 1)
-    if kernel == "fwd":
-        return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
-    if kernel == "bwd_dkdv" and not wide and arch >= 100:
-        return Tiles(64, 32, 4, 1)
-    return Tiles(64, 32 if wide else 64, 8, 1)
-
-
-def skip_tiles(kernel: str, table: Tiles, skip: Sequence[int], dot: str, d: int, e: int, arch: int) -> Tiles:
-    """Skipping is decided for a whole tile, so the forward takes the caller's; the gradients stay within one."""
-    wide = max(pow2(d), pow2(e)) > 64
-    if wide and dot == "float32":
-        return Tiles(16, 16, 8, 1)
-    if kernel == "fwd":
-        return Tiles(*skip, 8 if wide and arch < 100 else 4, 1)
-    keys = 32 if kernel == "bwd_dq" and arch >= 100 else table.keys
-    return replace(table, queries=min(table.queries, skip[0]), keys=min(keys, skip[1]))
-
-
-def bias_kernel(dtype: str, d: int, e: int, where: str | None = None) -> bool:
-    """Whether the kernel for the bias gradient fits: not with wide float32 heads, nor in AMD's scalar registers."""
-    return (where or backend()) == "cuda" and (dtype != "float32" or max(d, e) <= 64)
-
-
-def pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
-
-
-def dot_types(dtype: str, backend: str) -> tuple[str, str]:
-    if dtype == "float32":
-        return "float32", "ieee" if backend == "hip" else "tf32x3"
-    return dtype, "ieee" if backend == "hip" else "tf32"
-
-
-def backend() -> str:
-    return "hip" if torch.version.hip else "cuda"
-
-
-def compute_capability() -> int:
-    """Times ten; 90 where there is none."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return 90
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def types_of(t: Tensor) -> tuple[str, str]:
-    """Operand type and precision of the products."""
-    if interpreting():
-        # bf16 products are wrong in the interpreter (triton issue 11584).
-        return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee"
-    return dot_types(str(t.dtype)[6:], backend())
-
-
 def row_dense(t: Tensor) -> Tensor:
     """Kernels take any strides but the last."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -161,7 +71,8 @@ def _steps(t: Tensor, axes: int) -> list[int]:
     return [0 if size == 1 else step for size, step in zip(t.shape[:axes], t.stride()[:axes], strict=True)]
 
 
-def _operands(p: Problem) -> Operands:
+def operands(p: Problem) -> Operands:
+    """The optional inputs as the kernels take them."""
     given = {}
     for name, t in (("bias", p.bias), ("post", p.post)):
         if t is not None:
@@ -200,7 +111,7 @@ class Call:
         (b, h, n, d), (hk, m) = p.q.shape, p.k.shape[1:3]
         e, rank = p.v.shape[3], None if p.phi_q is None else p.phi_q.shape[3]
         self.batch, self.size = b, Sizes(h, hk, n, m, d, e, rank)
-        self.operands, self.sparse = _operands(p), sparse
+        self.operands, self.sparse = operands(p), sparse
         self.problem = p
         self.empty = 0 in (b, h, n, m)
 
@@ -216,10 +127,10 @@ class Call:
         placed = p.pos_q is not None and not p.aligned
         rich = pairwise or placed or self.sparse is not None or p.softcap > 0
         scores = "factors" if p.phi_q is not None else "rich" if rich else "plain"
-        widths, arch = (self.size.d, self.size.e), compute_capability()
-        found = tiles(kernel, backend(), dot, *widths, arch, scores)
+        widths, arch = (self.size.d, self.size.e), tiles.compute_capability()
+        found = tiles.table(kernel, tiles.backend(), dot, *widths, arch, scores)
         if p.skip:
-            return skip_tiles(kernel, found, p.skip, dot, *widths, arch)
+            return tiles.skip_table(kernel, found, p.skip, dot, *widths, arch)
         if self.sparse is not None:
             return replace(found, queries=self.sparse.queries, keys=self.sparse.keys)
         return found
@@ -230,7 +141,7 @@ class Call:
         return Config(
             p.scale, p.softcap, band, tuple(p.mod) or None, None if self.sparse is None else self.sparse.rule,
             t.queries, t.keys, pow2(self.size.d), pow2(self.size.e), pow2(self.size.r or 1), tk.DOT_TYPES[dot], precision,
-            tuple(p.skip) or None,
+            tuple(p.skip) or None, t.piece,
         )  # fmt: skip
 
     def splits(self, t: Tiles) -> int:

@@ -107,10 +107,10 @@ def _by_rows(call: tuple, wanted: list[int], do: Tensor, dlse: Tensor) -> list[T
     return total
 
 
-def _bias_kernel(q: Tensor, v: Tensor) -> bool:
-    from kernels.softmax import launch
+def _bias_kernel() -> bool:
+    from kernels.softmax import tiles
 
-    return launch.bias_kernel(str(q.dtype)[6:], q.shape[-1], v.shape[-1])
+    return tiles.bias_kernel()
 
 
 def _setup(ctx, inputs, output):
@@ -138,7 +138,7 @@ def _backward(ctx, do, dlse, _):
         return *grads, *rest
     delta = (do.float() * out.float()).sum(-1) - dlse
     q = call[0]
-    kernel = needed[3] and _bias_kernel(q, call[2])
+    kernel = needed[3] and _bias_kernel()
     grads = list(softmax_bwd(*call, lse, do, delta, kernel, kept))
     grads = [*grads[:3], grads[5] if kernel else None, *grads[3:5], None, None]
     for i in (4, 5):

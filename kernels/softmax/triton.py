@@ -11,24 +11,16 @@ All recompute ``P = exp(S - lse)`` and use ``dS = P (w dP - delta)`` with ``delt
 makes lse an output like any other. Factors of a low-rank bias get ``dS phi_k`` and ``dS^T phi_q`` beside the gradients of q and k. No atomics. Rows that
 see no key have lse = -inf, O = 0 and no gradient. Products run in the input type with float32 sums; float32 inputs take three TF32 passes on
 NVIDIA and float32 matrix instructions on AMD. With ``limit`` (BLASST) the forward drops tiles of keys that no row needs, before their values are read, and
-marks in ``kept`` those that stay; the gradients visit the same ones. What shapes a score, and lists of tiles for block-sparse rules, are in ``scores.py``.
+marks in ``kept`` those that stay; the gradients visit the same ones. What is handed over and loaded is in ``operands.py``, who sees whom (block-sparse
+rules too) in ``visible.py``, what shapes a score in ``scores.py``.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.softmax.scores import (
-    LN2,
-    LOG2E,
-    after,
-    kept_at,
-    key_tile,
-    load_columns,
-    load_rows,
-    query_tile,
-    scores,
-    visible,
-)  # fmt: skip
+from kernels.softmax.operands import kept_at, key_tile, load_columns, load_rows, query_tile, rows_product
+from kernels.softmax.scores import after, finished, online, scores, weights
+from kernels.softmax.visible import visible
 
 DOT_TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
 
@@ -99,7 +91,8 @@ def softmax_fwd_kernel(
     for at in range(lo, hi):
         tile, whole = _entry(at, lists)
         j, in_j, k, phi_k = key_tile(K, tile, b, h, hk, k_strides, x, size, lists, C)
-        s, _ = scores(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
+        s = tl.dot(q, k, input_precision=C.precision)
+        s, _ = scores(s, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
         s = tl.where(visible(i, j, in_i, in_j, b, x, size, lists, whole, C), s, float("-inf"))
         here = tl.max(s, 1)
         keep = True
@@ -109,23 +102,17 @@ def softmax_fwd_kernel(
             keep = tl.min(low.to(tl.int32), 0) == 0
             tl.store(kept_at(bh, t, tile, x, size, C), keep.to(tl.uint8))
         if keep:
-            peak = tl.maximum(top, here)
-            safe = tl.where(peak == float("-inf"), 0.0, peak)  # a row without a key so far
-            p = tl.exp2(s - safe[:, None])
-            shrink = tl.exp2(top - safe)
-            total = total * shrink + tl.sum(p, 1)
+            p, shrink, top, total = online(s, here, top, total)
             if x.post is not None:
                 p = p * after(i, j, in_i, in_j, b, h, x)
             v = load_rows(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
             acc = tl.dot(p.to(C.dot), v, acc * shrink[:, None], input_precision=C.precision)
-            top = peak
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
+    out, lse = finished(acc, top, total)
     row = out_row * size.n + i.to(tl.int64)
     e = tl.arange(0, C.BE)
-    out = (acc / total[:, None]).to(O.dtype.element_ty)
+    out = out.to(O.dtype.element_ty)
     tl.store(O + row[:, None] * size.e + e[None, :], out, mask=in_i[:, None] & (e < size.e)[None, :])
-    tl.store(LSE + row, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=in_i)
+    tl.store(LSE + row, lse, mask=in_i)
 
 
 @triton.jit
@@ -141,21 +128,19 @@ def _kept(bh, tile_i, tile_j, x, size, C: tl.constexpr):
 
 
 @triton.jit
-def _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C: tl.constexpr):
-    """P [BN, BM] again, from q [BN, BD], k [BD, BM] and lse; and the slope of the soft cap."""
-    s, slope = scores(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
-    lse = tl.load(LSE + (b * size.h + h) * size.n + i, mask=in_i, other=float("-inf"))
-    seen = visible(i, j, in_i, in_j, b, x, size, lists, whole, C) & (lse > float("-inf"))[:, None]
+def _weights(s, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C: tl.constexpr):
+    """P [BN, BM] again, from ``s = q k^T`` and lse; and the slope of the soft cap."""
+    s, slope = scores(s, phi_q, phi_k, i, j, in_i, in_j, b, h, x, size, C)
+    seen = visible(i, j, in_i, in_j, b, x, size, lists, whole, C)
     if x.kept is not None:
         seen = seen & keep
-    lse = tl.where(lse > float("-inf"), lse, 0.0) * LOG2E
-    return tl.exp2(tl.where(seen, s - lse[:, None], float("-inf"))), slope
+    lse = tl.load(LSE + (b * size.h + h) * size.n + i, mask=in_i, other=float("-inf"))
+    return weights(s, lse, seen), slope
 
 
 @triton.jit
-def _before(p, do, v, i, j, in_i, in_j, b, h, x, C: tl.constexpr):
-    """Weights that meet the values, and the gradient of those before the factor."""
-    dp = tl.dot(do, v, input_precision=C.precision)
+def _before(p, dp, i, j, in_i, in_j, b, h, x):
+    """Weights that meet the values, and the gradient of those before the factor, from that of those that meet the values."""
     if x.post is not None:
         post = after(i, j, in_i, in_j, b, h, x)
         return p * post, dp * post
@@ -185,11 +170,11 @@ def softmax_bwd_dkdv_kernel(
         keep, enter = _kept(bh, tile, t, x, size, C)
         if enter:
             i, in_i, q, phi_q = query_tile(Q, tile, b, h, q_strides, x, size, lists, C)
-            p, slope = _weights(
-                q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C
-            )
+            s = rows_product(q, k, Q, K, h, hk, q_strides, k_strides, i, j, in_i, in_j, b, size.d, C)
+            p, slope = _weights(s, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C)
             do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
-            used, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
+            dp = rows_product(do, v, DO, V, h, hk, o_strides, v_strides, i, j, in_i, in_j, b, size.e, C)
+            used, dp = _before(p, dp, i, j, in_i, in_j, b, h, x)
             dv = tl.dot(tl.trans(used.to(C.dot)), do, dv, input_precision=C.precision)
             delta = tl.load(DELTA + bh * size.n + i, mask=in_i, other=0.0)
             ds = p * (dp - delta[:, None])
@@ -232,10 +217,10 @@ def softmax_bwd_dq_kernel(
         if enter:
             j, in_j, k, phi_k = key_tile(K, tile, b, h, hk, k_strides, x, size, lists, C)
             v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
-            p, slope = _weights(
-                q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C
-            )
-            _, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
+            s = rows_product(q, k, Q, K, h, hk, q_strides, k_strides, i, j, in_i, in_j, b, size.d, C)
+            p, slope = _weights(s, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, lists, whole, keep, C)
+            dp = rows_product(do, v, DO, V, h, hk, o_strides, v_strides, i, j, in_i, in_j, b, size.e, C)
+            _, dp = _before(p, dp, i, j, in_i, in_j, b, h, x)
             ds = p * (dp - delta[:, None])
             if x.phi_k is not None:
                 dphi = tl.dot(
@@ -273,9 +258,11 @@ def softmax_bwd_dbias_kernel(
         v = load_columns(V, b, hk, v_strides, j, in_j, size.e, C.BE, C.dot)
         for tile in range(lo, hi):
             i, in_i, q, phi_q = query_tile(Q, tile, b, h, q_strides, x, size, None, C)
-            p, _ = _weights(q, k, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, None, 0, True, C)
+            s = rows_product(q, k, Q, K, h, hk, q_strides, k_strides, i, j, in_i, in_j, b, size.d, C)
+            p, _ = _weights(s, phi_q, phi_k, i, j, in_i, in_j, b, h, LSE, x, size, None, 0, True, C)
             do = load_rows(DO, b, h, o_strides, i, in_i, size.e, C.BE, C.dot)
-            _, dp = _before(p, do, v, i, j, in_i, in_j, b, h, x, C)
+            dp = rows_product(do, v, DO, V, h, hk, o_strides, v_strides, i, j, in_i, in_j, b, size.e, C)
+            _, dp = _before(p, dp, i, j, in_i, in_j, b, h, x)
             delta = tl.load(DELTA + (b * size.h + h) * size.n + i, mask=in_i, other=0.0)
             acc += p * (dp - delta[:, None])
     j = tl.program_id(1) * C.BM + tl.arange(0, C.BM)

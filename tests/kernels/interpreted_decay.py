@@ -188,7 +188,9 @@ def test_products_inside_chunks():
         first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
         return [out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
 
-    products = derivatives(lambda q, k, cum: ops.gated_products(q, k, cum, diagonal=False), torch.float32)
+    products = derivatives(
+        lambda q, k, cum: ops.gated_products(q, k, cum, diagonal=False, dtype="float32"), torch.float32
+    )
     for have, want in zip(products, derivatives(plain, torch.float64), strict=True):
         assert (have.double() - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -203,8 +205,10 @@ def test_opcheck_and_one_graph():
     wide = (-torch.rand(1, 1, 3, 4)).requires_grad_()
     torch.library.opcheck(ops.decay_scan_fwd, (q, k, v, wide, None, True, True, False), **quick)
     q, k, cum = (torch.randn(1, 16, 4, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(ops.gated_scores, (q, k, cum, True), **quick)
-    torch.library.opcheck(ops.gated_mix, (torch.randn(1, 16, 16, requires_grad=True), k, cum, True), **quick)
+    torch.library.opcheck(ops.gated_scores, (q, k, cum, True, "float32"), **quick)
+    torch.library.opcheck(
+        ops.gated_mix, (torch.randn(1, 16, 16, requires_grad=True), k, cum, True, "float32"), **quick
+    )
 
 
 def test_compiles_into_one_graph():

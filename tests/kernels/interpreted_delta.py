@@ -42,12 +42,18 @@ def test_values_and_gradients(kind, sizes):
 
 
 def test_wide_keys():
-    """A matrix that is multiplied in blocks of columns."""
     compare("none", (33, 33, 70, 8))
 
 
-def compare(kind, sizes):
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_values_and_gradients_half(kind, dtype):
+    compare(kind, (18, 18, 8, 20), dtype)
+
+
+def compare(kind, sizes, dtype=torch.float32):
     args, weight = make(kind, *sizes)
+    args = {n: t.to(dtype).double() for n, t in args.items()}  # the reference sees the same rounded numbers
     mask = torch.ones(2, sizes[1], dtype=torch.bool)
     mask[0, 2] = False
     mask[1] = False
@@ -59,12 +65,14 @@ def compare(kind, sizes):
 
     want, have, low = (
         run("reference", torch.float64),
-        run("triton", torch.float32),
-        run("torch", torch.float32),
+        run("triton", dtype),
+        run("torch", dtype),
     )
     for expected, mine, other in zip(want, have, low, strict=True):
         # Twice the torch path's error in the same precision plus a few roundings of the largest entry.
-        limit = 2 * (other - expected).abs().max() + 24 * 1.2e-7 * (expected.abs().max() + 1e-3)
+        limit = 2 * (other - expected).abs().max() + 24 * torch.finfo(dtype).eps * (
+            expected.abs().max() + 1e-3
+        )
         assert (mine - expected).abs().max() <= limit
 
 
@@ -93,12 +101,14 @@ def test_second_derivatives_are_exact():
 
 
 def test_opcheck():
-    keeps, writes = (
-        torch.randn(1, 2, 3, 4, 4, requires_grad=True),
-        torch.randn(1, 2, 3, 4, 5, requires_grad=True),
+    leaf = lambda *s: torch.randn(*s, requires_grad=True)
+    u, w, k, start = leaf(2, 3, 5, 4), leaf(2, 3, 5, 6), leaf(2, 3, 5, 6), leaf(2, 6, 4)
+    torch.library.opcheck(
+        ops.delta_walk_fwd, (u, w, k, leaf(2, 3, 6, 1), leaf(2, 3, 6, 4), start, True, "float32")
     )
-    torch.library.opcheck(ops.delta_states_fwd, (keeps, writes, torch.randn(1, 2, 4, 5, requires_grad=True)))
-    torch.library.opcheck(ops.delta_states_fwd, (keeps, writes, None))
+    quick = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+    torch.library.opcheck(ops.delta_walk_fwd, (u, w, k, None, None, start, False, "float16"), **quick)
+    torch.library.opcheck(ops.delta_pairs, (leaf(2, 5, 3), leaf(2, 4, 3), "float32"))
 
 
 def test_what_is_missing_names_the_way_out():

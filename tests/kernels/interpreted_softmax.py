@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import softmax
-from kernels.softmax import attention, launch, ops
+from kernels.softmax import attention, launch, ops, tiles
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_softmax.py"
 
@@ -92,7 +92,7 @@ def nan_scratch(monkeypatch):
         return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
 
     monkeypatch.setattr(launch, "_new", new)
-    monkeypatch.setattr(launch, "tiles", lambda *a: launch.Tiles(32, 16, 4, 1))
+    monkeypatch.setattr(tiles, "table", lambda *a: tiles.Tiles(32, 16, 4, 1))
 
 
 def inputs(case):
@@ -194,7 +194,7 @@ def test_values_and_gradients_half(case, dtype):
 
 @pytest.mark.parametrize("case", ["bias-shared", "bias-keys", "bias-rows"])
 def test_bias_gradient_without_its_kernel(case, monkeypatch):
-    monkeypatch.setattr(launch, "bias_kernel", lambda *a: False)
+    monkeypatch.setattr(tiles, "bias_kernel", lambda *a: False)
     monkeypatch.setattr(ops, "BLOCK_ELEMENTS", 300)  # several blocks of rows
     compare(case, torch.float32)
 

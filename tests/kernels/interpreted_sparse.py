@@ -12,7 +12,7 @@ from kernels import block_sparse, selected
 from kernels.block_sparse import ops as sparse_ops
 from kernels.selected import launch as selected_launch
 from kernels.selected import ops as selected_ops
-from kernels.softmax import launch
+from kernels.softmax import launch, tiles
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_sparse.py"
 
@@ -44,8 +44,8 @@ def nan_scratch(monkeypatch):
 
     monkeypatch.setattr(launch, "_new", new)
     monkeypatch.setattr(selected_launch, "_new", new)
-    monkeypatch.setattr(launch, "tiles", lambda *_: launch.Tiles(32, 16, 4, 1))
-    monkeypatch.setattr(selected_launch, "tiles", lambda *_: launch.Tiles(16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "table", lambda *_: tiles.Tiles(32, 16, 4, 1))
+    monkeypatch.setattr(selected_launch, "tiles", lambda *_: tiles.Tiles(16, 16, 4, 1))
 
 
 def results(call, tensors, weight, lse_weight, impl, dtype):

@@ -1,4 +1,4 @@
-"""Scans with decay and delta rules: ours, fla-core's naive chunk forms where that package is installed, and the recurrences step by step.
+"""Scans: ours, fla-core's naive chunk forms where that package is installed, and the recurrences step by step.
 
 Gates and strengths are computed from the inputs, alike for every contestant, so that their gradients are timed too.
 """
@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decay import decay_scan
 from kernels.delta import delta_scan
+from kernels.linear import add_states, apply_feature, global_state, linear_read, mala_read
+from kernels.prefix import prefix_read, prefix_softmax, prefix_state
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # Longest sequence for what is far slower than the rest: one call takes seconds there.
+STEPWISE = ("linear causal", "mala causal", "prefix softmax", "decay", "decay per channel", "delta", "kda")
 LONGEST = {"fla kda": 1024, "fla gla step by step": 1024} | {
-    f"{name} step by step": 4096 for name in ("decay", "decay per channel", "delta", "kda")
+    f"{name} step by step": 1024 for name in STEPWISE
 }
 
 
@@ -48,12 +53,33 @@ def ours() -> dict[str, Operation]:
     def kda(q: Tensor, k: Tensor, v: Tensor, impl: str | None = None) -> Tensor:
         return delta_scan(q, F.normalize(k, dim=-1), v, v[..., 0].sigmoid(), log_g=channel_gate(k), impl=impl)
 
+    def prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefix_softmax((q * k).sum(-1) / 8, v)
+
     fast = {"decay": decay, "decay per channel": wide_decay, "delta": delta, "kda": kda}
-    return fast | {f"{name} step by step": _stepwise(f) for name, f in fast.items()}
+    slow = {name: partial(f, impl="reference") for name, f in fast.items()} | {
+        "linear causal": partial(_linear_by_steps, read=linear_read),
+        "mala causal": partial(_linear_by_steps, read=mala_read),
+        "prefix softmax": _prefix_by_steps,
+    }
+    return fast | {"prefix softmax": prefix} | {f"{name} step by step": slow[name] for name in STEPWISE}
 
 
-def _stepwise(operation: Callable[..., Tensor]) -> Operation:
-    return lambda q, k, v: operation(q, k, v, impl="reference")
+def _linear_by_steps(q: Tensor, k: Tensor, v: Tensor, read: Callable[..., Tensor]) -> Tensor:
+    q, k = apply_feature("elu1", q), apply_feature("elu1", k)
+    state, rows = None, []
+    for q_t, k_t, v_t in zip(*(t.split(1, 2) for t in (q, k, v)), strict=True):
+        state = add_states(state, global_state(k_t, v_t))
+        rows.append(read(q_t, state))
+    return torch.cat(rows, 2)
+
+
+def _prefix_by_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, rows = None, []
+    for s_t, v_t in zip(((q * k).sum(-1) / 8).split(1, 2), v.split(1, 2), strict=True):
+        state = prefix_state(s_t, v_t, initial_state=state)
+        rows.append(prefix_read(state))
+    return torch.cat(rows, 2)
 
 
 def peers() -> dict[str, Operation]:

@@ -1,4 +1,4 @@
-"""python -m zoo bench ops|efficiency|masks|sensors|memory|--task NAME: timings in one run, refused while the tests of what is timed fail."""
+"""python -m zoo bench ops|ops-memory|efficiency|masks|sensors|memory|--task NAME: timings in one run, refused while the tests of what is timed fail."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["ops", "efficiency", "masks", "sensors", "memory"],
-        help="operations by length, variants by pattern and length, kinds of masks, attention over ever more sensors, or peak "
+        choices=["ops", "ops-memory", "efficiency", "masks", "sensors", "memory"],
+        help="operations by length, their memory, variants by pattern and length, kinds of masks, attention over ever more sensors, or peak "
         "memory of heavy cases",
     )
     parser.add_argument("--task", help="training step of this task beside its peer; asr_decode: decoding")
@@ -36,12 +36,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if (args.what is None) == (args.task is None):
         raise ConfigError(
-            "say what to time: `bench ops`, `efficiency`, `masks`, `sensors`, `memory` or `bench --task vit`"
+            "say what to time: `bench ops`, `ops-memory`, `efficiency`, `masks`, `sensors`, `memory` or `bench --task vit`"
         )
     if args.what == "memory":
         from zoo.bench.memory import measure, show
 
         show(measure(args.only, rows=args.rows))
+        return 0
+    if args.what == "ops-memory":
+        from zoo.bench.ops_memory import measure, show
+
+        show(measure(args.only, args.lengths))
         return 0
     if not args.no_tests:
         require_green(
@@ -112,7 +117,8 @@ def time_ops(args: argparse.Namespace) -> list[dict]:
     from rich.console import Console
     from rich.table import Table
 
-    from zoo.bench.ops import compare_at, exponent
+    from zoo.bench.ops import compare_at, exponent, ours
+    from zoo.bench.ops_targets import absent, verdicts
     from zoo.bench.timing import row
 
     lengths = args.lengths or [256, 1024, 4096, 16384]
@@ -129,6 +135,11 @@ def time_ops(args: argparse.Namespace) -> list[dict]:
     out = Console()
     (out if out.is_terminal else Console(width=120)).print(table)
     print(f"B 1, H 4, D 64, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    grows_linearly = [n for n in ours() if n not in ("softmax", "softmax causal") and "step by step" not in n]
+    for what, measured, limit, met in verdicts(by_length, grows_linearly):
+        print(f"{what}: {measured:.2f} ({limit}{'' if met else ', MISSED'})")
+    for line in absent():
+        print(line)
     return [
         row("ops", name, "forward+backward", f"1x4x{n}x64", timing)
         for n, timings in by_length.items()

@@ -1,0 +1,101 @@
+"""Tile sizes and types of the products, per target: one small table for launches and the compile gate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels._common.choice import interpreting
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of a program's tiles, how it runs, and channels of a piece (``Config.piece``)."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    piece: int | None = None
+
+
+def table(
+    kernel: str, backend: str, dot: str, d: int, e: int, arch: int = 90, scores: str = "plain"
+) -> Tiles:
+    """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
+
+    The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
+    smaller tiles, wide float32 rows in pieces besides. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all. AMD runs out of scalar registers
+    first. ``arch`` is the compute capability times ten on NVIDIA.
+    """
+    wide = max(pow2(d), pow2(e)) > 64
+    if dot == "float32":
+        if kernel != "fwd" and wide and backend == "cuda":
+            return Tiles(16, 16, 8, 1, piece=32)
+        if kernel in ("bwd_dkdv", "bwd_dq") and backend == "cuda" and 32 < max(pow2(d), pow2(e)) <= 64:
+            return Tiles(16, 16 if kernel == "bwd_dkdv" and scores == "factors" else 32, 4, 1)
+        side = 16 if wide or backend == "hip" else 32
+        return Tiles(side, side, 8 if wide or kernel == "bwd_dbias" else 4, 1)
+    if backend == "hip":
+        return Tiles(32, 16, 4, 1)
+    if scores == "factors" and wide:
+        return Tiles(32, 32, 8, 1)
+    if kernel == "bwd_dkdv" and scores == "rich" and not wide and arch >= 100:
+        return Tiles(64, 32, 8, 1)
+    if kernel == "bwd_dkdv" and (scores != "plain" or (wide and arch < 90)):
+        return Tiles(32, 32, 8 if scores == "rich" and not wide and arch < 90 else 4, 1)
+    if scores != "plain":
+        return Tiles(32, 64 if kernel == "bwd_dq" else 32, 8, 1) if wide else Tiles(64, 32, 8, 1)
+    if kernel == "fwd":
+        return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
+    if kernel == "bwd_dkdv" and not wide and arch >= 100:
+        return Tiles(64, 32, 4, 1)
+    return Tiles(64, 32 if wide else 64, 8, 1)
+
+
+def skip_table(kernel: str, plain: Tiles, skip: Sequence[int], dot: str, d: int, e: int, arch: int) -> Tiles:
+    """Skipping is decided for a whole tile, so the forward takes the caller's; the gradients stay within one."""
+    wide = max(pow2(d), pow2(e)) > 64
+    if wide and dot == "float32":
+        return Tiles(16, 16, 8, 1, plain.piece)
+    if kernel == "fwd":
+        return Tiles(*skip, 8 if wide and arch < 100 else 4, 1)
+    keys = 32 if kernel == "bwd_dq" and arch >= 100 else plain.keys
+    return replace(plain, queries=min(plain.queries, skip[0]), keys=min(keys, skip[1]))
+
+
+def bias_kernel(where: str | None = None) -> bool:
+    """Whether the kernel for the bias gradient fits: not in AMD's scalar registers."""
+    return (where or backend()) == "cuda"
+
+
+def pow2(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def dot_types(dtype: str, backend: str) -> tuple[str, str]:
+    if dtype == "float32":
+        return "float32", "ieee" if backend == "hip" else "tf32x3"
+    return dtype, "ieee" if backend == "hip" else "tf32"
+
+
+def backend() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def compute_capability() -> int:
+    """Times ten; 90 where there is none."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def types_of(t: Tensor) -> tuple[str, str]:
+    """Operand type and precision of the products."""
+    if interpreting():
+        # bf16 products are wrong in the interpreter (triton issue 11584).
+        return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee"
+    return dot_types(str(t.dtype)[6:], backend())
