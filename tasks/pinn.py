@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torchmetrics import MetricCollection
 from tasks.base import Batch, ZooTask
 from tasks.engine.callbacks import load_checkpoint
 from tasks.engine.folder import write_atomic
+from tasks.optimizers.gauss_newton import GaussNewton
 from tasks.optimizers.quasi_newton import METHODS as QUASI_NEWTON
 from tasks.optimizers.quasi_newton import QuasiNewton
 from tasks.optimizers.soap import Soap
 from tasks.physics.balance import Balance
+from tasks.physics.normal import NormalEquations
 from tasks.physics.objective import Objective
 from tasks.physics.points import CollocationPoints
 from tasks.physics.scores import Gathered, evaluate, scores
@@ -42,7 +45,7 @@ class PinnTask(ZooTask):
         decay_steps: See `decay`; 0 for a cosine to zero over phase one.
         first: adam | soap.
         first_steps: Steps of phase one; the rest of the run is phase two.
-        second: ssbroyden | bfgs | lbfgs | none.
+        second: ssbroyden | bfgs | lbfgs | gauss_newton (small networks) | none.
         history: Curvature pairs of lbfgs.
         round_steps: Phase-two iterations on one frozen set of points; then a new set, curvature kept.
         second_points: Points of phase two over those of phase one.
@@ -95,7 +98,7 @@ class PinnTask(ZooTask):
         self.automatic_optimization = False
         for key, value, choices in (
             ("first", first, ("adam", "soap")),
-            ("second", second, ("none", *QUASI_NEWTON)),
+            ("second", second, ("none", "gauss_newton", *QUASI_NEWTON)),
             ("derivatives", derivatives, ("auto", *METHODS)),
         ):
             if value not in choices:
@@ -127,6 +130,8 @@ class PinnTask(ZooTask):
             slabs=slabs,
             self_adaptive=self_adaptive,
         )
+        least_squares = second == "gauss_newton"
+        self.system = NormalEquations(self.objective, self.balance, self.points) if least_squares else None
         self.exit_reason = ""
         parts = [f"rel_l2_{f}" for f in p.report_fields] if len(p.report_fields) > 1 else []
         errors = [f"{name}_error" for name in p.unknowns]
@@ -173,7 +178,7 @@ class PinnTask(ZooTask):
         else:
             total = self._total(evaluations[0])
             self.points.learn()
-        terms = evaluations[-1] if evaluations else {}
+        terms = evaluations[-1] if evaluations else getattr(self.system, "terms", {})
         self.log("train/loss", total.float(), batch_size=1, prog_bar=True)
         logged = {f"train/{k}": v.float() for k, v in terms.items()}
         if len(self.balance) > 1:
@@ -198,7 +203,7 @@ class PinnTask(ZooTask):
         if self.balance.due(step):
             self.rebalance()
 
-    def _prepare_second(self, optimizer: QuasiNewton, step: int) -> None:
+    def _prepare_second(self, optimizer: QuasiNewton | GaussNewton, step: int) -> None:
         """Double precision, and a new set of points where a round begins; they stay as they are during a round."""
         self._to_double()
         if (step - self.first_steps) % self.round_steps == 0:
@@ -222,7 +227,7 @@ class PinnTask(ZooTask):
             torch.stack(losses),
         )
 
-    def _watch(self, optimizer: QuasiNewton) -> None:
+    def _watch(self, optimizer: QuasiNewton | GaussNewton) -> None:
         if optimizer.exit_reason and not self.exit_reason:
             self.exit_reason = optimizer.exit_reason
             log.info("%s ended at step %d: %s", self.second, self.global_step, self.exit_reason)
@@ -238,9 +243,11 @@ class PinnTask(ZooTask):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         parameters = self.objective.parameters()
-        cls = {"adam": torch.optim.Adam, "soap": Soap}[self.first]
-        optimizers: list[torch.optim.Optimizer] = [cls(parameters, lr=self.lr)]
-        if self.second != "none":
+        first = {"adam": partial(torch.optim.Adam, fused=True), "soap": Soap}[self.first]
+        optimizers: list[torch.optim.Optimizer] = [first(parameters, lr=self.lr)]
+        if self.system is not None:
+            optimizers.append(GaussNewton(parameters, self.system))
+        elif self.second != "none":
             optimizers.append(QuasiNewton(parameters, self.second, self.history))
         return optimizers
 
@@ -290,6 +297,6 @@ class PinnTask(ZooTask):
                 **self.data.preprocessing(),
                 "derivatives": self.objective.method,
                 "exit_reason": self.exit_reason,
-                "unknowns": {k: float(v) for k, v in self.unknowns.items()},
+                "unknowns": {k: float(v.detach()) for k, v in self.unknowns.items()},
             }
         }
