@@ -128,7 +128,8 @@ def _cell(row: Row | None, scores: dict[str, float], reasons: list[str], notes: 
         return Cell(f"no result {mark(reasons[0])}", why=reasons[0])
     value, half = row[row["monitor"]], row.get(f"{row['monitor']}_ci95")
     text = f"{value:.4g}" + (f" ± {half:.2g}" if half is not None else "")
-    others = [s for s in row["slots"].split("; ") if s and s.split("=")[-1] != row["attention"]]
+    own = row["attention"].split(" (")[0]
+    others = [s for s in row["slots"].split("; ") if s and s.split("=")[-1] != own]
     why = f"other slots: {', '.join(others)}" if others else ""
     if reasons:
         why = "; ".join(filter(None, [why, f"{len(reasons)} seed(s) failed: {reasons[0]}"]))

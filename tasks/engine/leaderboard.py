@@ -24,7 +24,9 @@ from tasks.engine.leaderboard_page import page
 from tasks.engine.leaderboard_text import markdown
 from tasks.engine.protocol import describe
 from tasks.engine.report import higher_is_better
+from zoo.settings import differences
 
+ROW = ("task", "data", "model", "attention", "protocol")  # what makes one row of the table
 COST = ("parameters", "flops", "state_size", "peak_memory_mib", "samples_per_s", "train_seconds")
 
 
@@ -54,20 +56,39 @@ def collect(folders: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, A
     """Results and failures of all run folders below `folders`; a later result replaces its folder's failure."""
     results, failures = [], []
     for root in folders:
-        for path in sorted(root.rglob("result.json")):
-            results.append(json.loads(path.read_text()) | {"folder": str(path.parent)})
+        results += [_read(path) for path in sorted(root.rglob("result.json"))]
         for path in sorted(root.rglob("failure.json")):
             if not (path.parent / "result.json").exists():
-                failures.append(json.loads(path.read_text()) | {"folder": str(path.parent)})
+                failures.append(_read(path))
+    tell_apart([*results, *failures])
     return results, failures
 
 
+def _read(path: Path) -> dict[str, Any]:
+    settings = path.parent / "config.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(settings)) if settings.exists() else {}
+    return json.loads(path.read_text()) | {"folder": str(path.parent), "config": config}
+
+
+def tell_apart(runs: list[dict[str, Any]]) -> None:
+    """Runs of one row are seeds of one configuration: where other settings differ, these are written behind the variant's name."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        groups[tuple(run.get(k) for k in ROW)].append(run)
+    for group in groups.values():
+        found = differences([run.get("config", {}) for run in group])
+        if any(run.get("search") for run in group):
+            found.pop("task.lr", None)  # the search chose it, for each seed anew
+        for place, run in enumerate(group if found else ()):
+            named = (f"{key.removeprefix('attention.')}={values[place]}" for key, values in found.items())
+            run["attention"] += f" ({', '.join(named)})"
+
+
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per task, data, model, attention and protocol: mean and 95 % interval over seeds, and cost."""
+    """One row per task, data, model, attention (see `tell_apart`) and protocol: mean and 95 % interval over seeds, and cost."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        key = tuple(result.get(k) for k in ("task", "data", "model", "attention", "protocol"))
-        groups[key].append(result)
+        groups[tuple(result.get(k) for k in ROW)].append(result)
     rows = []
     for (task, data, model, attention, protocol), runs in groups.items():
         row: dict[str, Any] = {

@@ -3,7 +3,7 @@
 import pytest
 
 from tasks.engine.comparison import compare
-from tasks.engine.leaderboard import mean_interval, summarise
+from tasks.engine.leaderboard import mean_interval, summarise, tell_apart
 from tasks.engine.leaderboard_figure import pareto
 from tasks.engine.leaderboard_page import page
 from tasks.engine.leaderboard_text import markdown
@@ -62,6 +62,37 @@ def test_rows_are_grouped_and_ordered_by_the_metric():
     ]
     assert rows[2]["accuracy"] == pytest.approx(0.6) and rows[1]["accuracy_ci95"] is None
     assert rows[0]["state_size"] is None
+
+
+def test_settings_beyond_the_seed_make_rows_of_their_own():
+    def config(**changes):
+        base = {"seed": 0, "trainer": {"threads": 1}, "task": {"lr": 0.1}, "attention": {"name": "mala"}}
+        return base | changes
+
+    runs = [
+        result("mala", 0, 0.5) | {"config": config()},
+        result("mala", 1, 0.6) | {"config": config(seed=1, trainer={"threads": 2})},
+        result("mala", 0, 0.9) | {"config": config(task={"lr": 0.2}, attention={"name": "mala", "new": 1})},
+    ]
+    tell_apart(runs[:2])
+    assert [r["attention"] for r in runs[:2]] == ["mala", "mala"], "seeds and threads tell nothing apart"
+    tell_apart(runs)
+    rows = summarise(runs)
+    assert [(r["attention"], r["seeds"]) for r in rows] == [
+        ("mala (task.lr=0.2)", 1),
+        ("mala (task.lr=0.1)", 2),
+    ]
+    slots = [
+        result("mala", s, 0.5) | {"config": c}
+        for s, c in enumerate(({"cross_attention": {"name": "gla"}}, {}))
+    ]
+    tell_apart(slots)
+    assert [r["attention"] for r in slots] == ["mala (cross_attention=gla)", "mala (cross_attention=None)"]
+    searched = [
+        result("mala", s, 0.5) | {"config": {"task": {"lr": s}}, "search": {"best": s}} for s in (1, 2)
+    ]
+    tell_apart(searched)
+    assert {r["attention"] for r in searched} == {"mala"}
 
 
 def test_pareto_front():

@@ -72,8 +72,12 @@ def test_interval_over_seeds_is_students(tmp_path):
     assert (low + high) / 2 == pytest.approx(0.92) and (high - low) / 2 == pytest.approx(
         4.302653 * 0.02 / math.sqrt(3)
     )
-    with pytest.raises(WeightsError, match="seed alone"):
+    with pytest.raises(WeightsError, match="a seed occurs twice"):
         package(run(tmp_path / "run"), tmp_path / "weights", seeds=[tmp_path / "run"])
+    other = run(tmp_path / "other", seed=3, config={"data": {"name": "digits", "batch_size": 7}})
+    mine = run(tmp_path / "run", config={"data": {"name": "digits", "batch_size": 8}})
+    with pytest.raises(WeightsError, match="seed alone; here differs data.batch_size"):
+        package(mine, tmp_path / "weights", seeds=[other])
 
 
 def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -11,7 +12,8 @@ from typing import Any
 
 from zoo.errors import WeightsError
 from zoo.pretrained.storage import encode
-from zoo.pretrained.weights import build_from_card, card_path, read_card, read_tensors, save_tensors
+from zoo.pretrained.weights import build_from_card, read_card, read_tensors, save_tensors
+from zoo.settings import differences
 
 MAX_BYTES, MAX_TOTAL_BYTES = 2 * 2**20, 20 * 2**20
 # Metrics that are a share of independent test samples, by task. (A pixel accuracy or COCO's recall is not.)
@@ -72,13 +74,12 @@ def package(
             f"{target.name} would have {size / 2**20:.2f} MiB, all of {folder} {(others + size) / 2**20:.1f} MiB; the limits are "
             f"{MAX_BYTES >> 20} and {MAX_TOTAL_BYTES >> 20}. Use --storage half or byte"
         )
-    save_tensors(target, entries, {k: v for k, v in card.items() if k not in ("format", "sha256", "bytes")})
-    if found := re.findall(r'"(/(?:root|home|tmp|work|Users)/[^"]*)"', card_path(target).read_text()):
-        target.unlink()
-        card_path(target).unlink()
+    content = {k: v for k, v in card.items() if k not in ("format", "sha256", "bytes")}
+    if found := re.findall(r'"(/(?:root|home|tmp|work|Users)/[^"]*)"', json.dumps(content, default=str)):
         raise WeightsError(
             f"the card names files of this machine: {', '.join(found[:3])}; train with relative paths"
         )
+    save_tensors(target, entries, content)
     return target
 
 
@@ -100,14 +101,15 @@ def intervals(card: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ())
         from scipy.stats import t as student
 
         for other in others:
-            if (
-                other["model"] != card["model"]
-                or other["slots"] != card["slots"]
-                or other["seed"] == card["seed"]
-            ):
+            wrong = [key for key in ("model", "slots") if other[key] != card[key]]
+            wrong += differences([card.get("config", {}), other.get("config", {})])
+            if wrong:
                 raise WeightsError(
-                    "runs for the interval must differ from the packaged one in their seed alone"
+                    "runs for the interval must differ from the packaged one in their seed alone; here differs "
+                    f"{', '.join(wrong[:5])}"
                 )
+        if len({run["seed"] for run in (card, *others)}) <= len(others):
+            raise WeightsError("runs for the interval must differ in their seed alone; a seed occurs twice")
         runs, count = [card, *others], len(others) + 1
         found: dict[str, Any] = {"method": f"mean over {count} seeds, Student's t"}
         for metric in card["metrics"]:
