@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tasks._matching import Weights, match, mean_over_processes, set_losses
+from tasks.base import full_precision
 from zoo.layers.boxes import to_cxcywh, to_xyxy
 
 
@@ -47,6 +48,7 @@ def detection_losses(
     Returns:
         Terms `class`, `l1`, `giou`, and the same with `many_` and `proposal_`.
     """
+    out = {name: full_precision(t) for name, t in out.items()}
     count = mean_over_processes((labels >= 0).sum().to(targets))
     groups: list[tuple[str, int, float]] = [("", 1, 1.0)]
     if "many_logits" in out:
@@ -119,6 +121,7 @@ def decode(
     Returns:
         Per image boxes [n, 4] (corners in pixels, clipped to the image), scores [n] and classes [n], best first.
     """
+    logits, boxes = full_precision(logits), full_precision(boxes)
     scores = logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()
     classes = scores.shape[-1]
     best, index = scores.flatten(1).topk(min(limit, scores[0].numel()), dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.detection_base import VOID
 from tasks._matching import assign, mean_over_processes
+from tasks.base import full_precision
 
 OVERSAMPLE, IMPORTANT = (
     3,
@@ -46,11 +47,12 @@ def mask_set_losses(
     Returns:
         Terms `class`, `mask`, `dice`, summed over predictions.
     """
-    layers, batch = logits.shape[:2]
+    logits, masks = full_precision(logits), full_precision(masks)
     classes = logits.shape[-1] - 1
     number = torch.arange(classes, device=target.device)
     real = (target[:, None] == number[:, None, None]).flatten(2).any(-1)  # [B, K]
-    assigned = assign(_costs(logits, masks, target, weights, points), real)
+    with torch.autocast(masks.device.type, enabled=False):  # sums over a thousand points
+        assigned = assign(_costs(logits, masks, target, weights, points), real)
     layer, image, query = (assigned >= 0).nonzero(as_tuple=True)
     wanted = assigned[layer, image, query]
 

@@ -246,6 +246,11 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     return sum(m.auxiliary_loss() for m in model.modules() if isinstance(m, Attention))
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is: losses and scores add up more than half precision holds."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def batch_size(batch: Batch) -> int:
     """Number of samples in a batch: length of its first tensor or list."""
     first = next(iter(batch.values()))

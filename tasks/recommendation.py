@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, full_precision
 from zoo.errors import ConfigError, unknown
 from zoo.layers.item_losses import binary_loss, full_softmax_loss, sampled_softmax_loss
 
@@ -116,7 +116,11 @@ class Recommendation(ZooTask):
     # ---------------------------------------------------------------- evaluation
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
-        scores = self.model.scores(self.model.user_vector(batch["items"], batch["times"]))
+        users = full_precision(self.model.user_vector(batch["items"], batch["times"]))
+        with torch.autocast(
+            users.device.type, enabled=False
+        ):  # in half precision most of a catalogue would tie
+            scores = self.model.scores(users)
         target = batch["target"] - 1
         excluded = batch["seen"] - 1 if self.data.exclude_seen else None
         above, tied = count_above(scores, target, excluded)

@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 from data.detection_base import VOID, confusion_scores
 from tasks._mask_matching import MaskWeights, mask_set_losses
 from tasks._vision_metrics import SegmentationScores
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, full_precision
 from zoo.errors import ConfigError, unknown
 from zoo.layers.backbones import load_pretrained_backbone
 from zoo.layers.windows import sliding_window
@@ -169,20 +169,20 @@ def segmentation_losses(
     """
     keep = target != VOID
     count = keep.sum().clamp(min=1)
-    log_share = logits.log_softmax(1)
+    log_share = full_precision(logits).log_softmax(1)
     total = F.nll_loss(log_share, target, ignore_index=VOID, reduction="sum")
     if label_smoothing:
         even = -(log_share.mean(1) * keep).sum()
         total = (1 - label_smoothing) * total + label_smoothing * even
     terms = {"cross_entropy": total / count}
     if dice_weight:
-        k = logits.shape[1]
+        k, dtype = logits.shape[1], log_share.dtype
         probability = log_share.exp() * keep[:, None]
         truth = target.masked_fill(~keep, 0)[:, None]
         inside = probability.gather(1, truth)[:, 0]  # [B, H, W]: share given to the true class
         flat = truth.flatten()
-        hit = torch.zeros(k, device=logits.device, dtype=logits.dtype).index_add(0, flat, inside.flatten())
-        true = torch.bincount(flat, weights=keep.flatten().to(logits.dtype), minlength=k).to(logits.dtype)
+        hit = torch.zeros(k, device=logits.device, dtype=dtype).index_add(0, flat, inside.flatten())
+        true = torch.bincount(flat, weights=keep.flatten().to(dtype), minlength=k).to(dtype)
         score = 2 * hit / (probability.sum((0, 2, 3)) + true).clamp(min=1e-6)
         present = true > 0
         dice = ((1 - score) * present).sum() / present.sum().clamp(min=1)

@@ -111,6 +111,15 @@ def test_order_of_objects_and_queries_does_not_matter(kind):
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
 
 
+@pytest.mark.parametrize("kind", ["focal", "mal"])
+def test_half_precision_outputs_lose_nothing(kind):
+    logits, boxes, labels, targets = problem()
+    half = {"logits": logits.bfloat16(), "boxes": boxes.bfloat16()}
+    single = {name: t.float() for name, t in half.items()}
+    found, wanted = (detection_losses(out, labels, targets, WEIGHTS, kind=kind) for out in (half, single))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_one_to_many_gives_every_object_its_queries():
     logits, boxes, labels, targets = problem(n=9, t=3)
     assigned = match(logits, boxes, labels, targets, WEIGHTS, repeat=3)

@@ -29,6 +29,17 @@ def test_full_softmax_equals_cross_entropy(
     torch.testing.assert_close(torch.autograd.grad(3 * value, inputs), wanted)
 
 
+def test_autocast_leaves_the_full_softmax_in_single_precision() -> None:
+    users = torch.randn(7, 5).bfloat16()
+    table, bias = torch.randn(11, 5, requires_grad=True), torch.zeros(11)
+    targets = torch.arange(7)
+    wanted = losses.full_softmax_loss(users.float(), table, bias, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = losses.full_softmax_loss(users, table, bias, targets)
+    assert value == wanted
+    assert torch.equal(*(torch.autograd.grad(v, table)[0] for v in (value, wanted)))
+
+
 def test_full_softmax_without_rows_is_zero() -> None:
     users = torch.zeros(0, 4, requires_grad=True)
     loss = losses.full_softmax_loss(

@@ -47,6 +47,13 @@ def test_smoothed_labels_equal_torch():
     assert torch.allclose(found["cross_entropy"], F.cross_entropy(logits, target, label_smoothing=0.2))
 
 
+def test_half_precision_logits_lose_nothing():
+    logits, target = torch.randn(2, 3, 40, 40).bfloat16(), torch.randint(3, (2, 40, 40))
+    torch.testing.assert_close(
+        segmentation_losses(logits, target), segmentation_losses(logits.float(), target), rtol=0, atol=0
+    )
+
+
 def test_void_pixels_have_no_influence():
     logits, target = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(3, (2, 4, 4))
     target[1] = 255

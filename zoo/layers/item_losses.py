@@ -27,7 +27,9 @@ def full_softmax_loss(
         targets: Item indices from 0, int64 [R].
         label_smoothing: Share of the target spread over all items, [0, 1).
     """
-    return _FullSoftmax.apply(users, table, bias, targets, label_smoothing)
+    # Autocast would make the products in half precision, which neither holds sums over a catalogue nor fits the table's gradient.
+    with torch.autocast(users.device.type, enabled=False):
+        return _FullSoftmax.apply(users.to(table.dtype), table, bias, targets, label_smoothing)
 
 
 class _FullSoftmax(torch.autograd.Function):
