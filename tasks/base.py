@@ -180,6 +180,8 @@ class ZooTask(L.LightningModule):
         known, and Lightning then starts the epoch anew.
         """
         trainer = self.trainer
+        if trainer.max_epochs == -1 and trainer.max_steps > 0:
+            return trainer.max_steps
         batches = len(self.data.train_dataloader())
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

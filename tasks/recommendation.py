@@ -117,9 +117,8 @@ class Recommendation(ZooTask):
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
         users = full_precision(self.model.user_vector(batch["items"], batch["times"]))
-        with torch.autocast(
-            users.device.type, enabled=False
-        ):  # in half precision most of a catalogue would tie
+        # In half precision most of a catalogue would tie.
+        with torch.autocast(users.device.type, enabled=False):
             scores = self.model.scores(users)
         target = batch["target"] - 1
         excluded = batch["seen"] - 1 if self.data.exclude_seen else None

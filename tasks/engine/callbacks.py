@@ -48,13 +48,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class SeedEachStep(Callback):
-    """Makes the randomness of a step a function of (seed, step), so that a resumed run repeats it exactly."""
+    """Makes the randomness of a step a function of (seed, step), so that a resumed run repeats it exactly.
+
+    Batches whose gradients add up to one step draw apart from one another.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
-        torch.manual_seed(hash((self.seed, trainer.global_step, trainer.global_rank)) & 0x7FFF_FFFF_FFFF)
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        part = batch_idx % trainer.accumulate_grad_batches
+        place = (self.seed, trainer.global_step, trainer.global_rank, *([part] if part else ()))
+        torch.manual_seed(hash(place) & 0x7FFF_FFFF_FFFF)
 
 
 class AveragedWeights(Callback):
@@ -165,16 +172,28 @@ class SaveBetweenValidations(ModelCheckpoint):
 
 
 class Speed(Callback):
-    """Measures samples per second of training, validation left out."""
+    """Measures samples per second of training, validation left out, and the time of the whole fit; a resumed run goes on counting."""
 
     def __init__(self) -> None:
         self.samples = 0
         self.seconds = 0.0
         self._start = 0.0
-        self.began = time.perf_counter()
+        self._earlier, self._began = 0.0, time.perf_counter()
 
-    def on_train_start(self, *args: Any) -> None:
-        self.began = time.perf_counter()
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the fit so far, validation included."""
+        return self._earlier + time.perf_counter() - self._began
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._began = time.perf_counter()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"samples": self.samples, "seconds": self.seconds, "elapsed": self.elapsed}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.samples, self.seconds, self._earlier = state["samples"], state["seconds"], state["elapsed"]
 
     def on_train_batch_start(self, *args: Any) -> None:
         self._start = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +112,9 @@ def _train_once(cfg: DictConfig, folder: Path, keep: bool) -> Fitted:
         print(f"protocol {describe(protocol)}", flush=True)
     trainer = build_trainer(cfg, task, folder, [budget])
     flops = count_flops(task.model, *task.example_inputs())
-    began = time.perf_counter()
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(task, datamodule=data, ckpt_path=last if keep and last.exists() else None)
-    seconds = time.perf_counter() - began
+    seconds = _speed(trainer).elapsed
     budget.report(protocol, trainer)
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
     valid = {k.removeprefix("valid/"): v for k, v in values.items() if k.startswith("valid/")}
@@ -135,7 +133,7 @@ def finish(
     """After the test, in the first process: baselines, weights, result.json and the printed table."""
     cfg, data, task, trainer = fitted.cfg, fitted.data, fitted.task, fitted.trainer
     values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
+    speed = _speed(trainer)
     result = {
         "task": cfg.task.name,
         "model": cfg.model.name,
@@ -218,6 +216,10 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     return peak_memory() / 2**20
+
+
+def _speed(trainer: L.Trainer) -> Speed:
+    return next(c for c in trainer.callbacks if isinstance(c, Speed))
 
 
 def _best_valid(trainer: L.Trainer) -> dict[str, float]:
