@@ -16,7 +16,13 @@ MAX_SENSORS = 12
 
 
 def draw(
-    folder: Path, model: nn.Module, data: Any, forecast: np.ndarray, target: np.ndarray, seen: np.ndarray
+    folder: Path,
+    model: nn.Module,
+    data: Any,
+    starts: np.ndarray,
+    forecast: np.ndarray,
+    target: np.ndarray,
+    seen: np.ndarray,
 ) -> list[Path]:
     """Write the figures of a tested model.
 
@@ -24,14 +30,15 @@ def draw(
         folder: Where to.
         model: The network.
         data: Its data module.
-        forecast: Test forecasts, [S, Q, N], in window order.
+        starts: First rows of the test windows, [S], ascending.
+        forecast: Their forecasts, [S, Q, N].
         target: [S, Q, N].
         seen: bool [S, Q, N].
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = [
-        _forecasts(folder / "forecast.png", data, forecast, target, seen),
-        _error_by_hour(folder / "error_by_hour.png", data, forecast, target, seen),
+        _forecasts(folder / "forecast.png", data, starts, forecast, target, seen),
+        _error_by_hour(folder / "error_by_hour.png", data, starts, forecast, target, seen),
     ]
     if data.series.coordinates is not None:
         written.append(_error_map(folder / "error_map.png", data, forecast, target, seen))
@@ -46,10 +53,11 @@ def _figure(*size: float) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _forecasts(path: Path, data: Any, forecast: np.ndarray, target: np.ndarray, seen: np.ndarray) -> Path:
+def _forecasts(
+    path: Path, data: Any, starts: np.ndarray, forecast: np.ndarray, target: np.ndarray, seen: np.ndarray
+) -> Path:
     """Two weeks of the busiest sensors: truth, first step and last step ahead at the time they are for."""
     series, g = data.series, data.geometry
-    starts = data.starts["test"][: len(forecast)]
     span = min(len(forecast), 14 * series.slots_per_day)
     first = (len(forecast) - span) // 2
     mean = np.where(seen, target, np.nan)
@@ -77,10 +85,11 @@ def _errors(forecast: np.ndarray, target: np.ndarray, seen: np.ndarray) -> np.nd
     return np.where(seen, np.abs(forecast - target), np.nan)
 
 
-def _error_by_hour(path: Path, data: Any, forecast: np.ndarray, target: np.ndarray, seen: np.ndarray) -> Path:
+def _error_by_hour(
+    path: Path, data: Any, starts: np.ndarray, forecast: np.ndarray, target: np.ndarray, seen: np.ndarray
+) -> Path:
     """Mean absolute error by hour of the forecast time, and by step ahead."""
     series, g = data.series, data.geometry
-    starts = data.starts["test"][: len(forecast)]
     error = _errors(forecast, target, seen)
     figure = _figure(11, 4)
     left, right = figure.subplots(1, 2)

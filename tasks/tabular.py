@@ -112,7 +112,8 @@ class _TabularTask(ZooTask):
         scores = self.metrics[split]["scores"]
         values = {k: float(v) for k, v in scores.compute().items()}
         if split == "test":
-            self.test_predictions, self.test_truth = scores.gathered()
+            with scores.sync_context():  # of all processes
+                self.test_predictions, self.test_truth = scores.gathered()
         if split == "test" and len(self.targets) == 1:
             for target, p, y in zip(self.targets, self.test_predictions, self.test_truth, strict=True):
                 name = MAIN[target.kind][0] + suffix(target, self.targets)

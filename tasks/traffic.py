@@ -127,16 +127,18 @@ class Traffic(ZooTask):
         if not self._kept:
             return []
         parts = [torch.cat(t).numpy() for t in zip(*self._kept, strict=True)]
-        return draw(folder, self.model, self.data, *parts)
+        # Processes take the windows in turn, see `EpochSampler`.
+        starts = self.data.starts["test"][self.trainer.global_rank :: self.trainer.world_size]
+        return draw(folder, self.model, self.data, starts[: len(parts[0])], *parts)
 
 
 def masked_mae(forecast: Tensor, target: Tensor, seen: Tensor) -> Tensor:
     """Mean absolute error over the cells that were read; zero where none was.
 
     Args:
-        forecast: [B, Q, N].
-        target: [B, Q, N]; anything where not seen.
-        seen: bool [B, Q, N].
+        forecast: [B, Q, N], or of members [B, k, Q, N].
+        target: As `forecast`; anything where not seen.
+        seen: bool, as `forecast`.
     """
     error = torch.where(seen, forecast - target, 0.0).abs()
     return error.sum() / seen.sum().clamp_min(1)

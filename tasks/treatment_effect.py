@@ -71,7 +71,8 @@ class TreatmentEffectTask(ZooTask):
 
     def compute_metrics(self, split: str) -> dict[str, float]:
         if split == "test":
-            self.test_arrays = self.metrics[split]["effects"].gathered()
+            with self.metrics[split]["effects"].sync_context():  # of all processes
+                self.test_arrays = self.metrics[split]["effects"].gathered()
         return super().compute_metrics(split)
 
     def example_inputs(self) -> tuple[tuple, dict]:
