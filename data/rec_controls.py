@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
@@ -18,7 +19,7 @@ from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
 if TYPE_CHECKING:
     from data.rec_base import SequenceData
 
-VERSION = "1"  # part of the cache key: raise it when a method changes
+VERSION = "2"  # part of the cache key: raise it when a method changes
 DENSE_ITEMS = 20_000  # item-item matrices are dense up to here
 EASE_LAMBDA = (100.0, 300.0, 1000.0)
 NEIGHBOURS = (20, 50, 100)
@@ -32,7 +33,7 @@ class History:
     """One batch of questions.
 
     Attributes:
-        seen: How often each item is in the history, float32 [B, I].
+        seen: 1 for the items of the history, else 0, float32 [B, I].
         last: Last item of each history, from 0, int64 [B].
         target: The right item, from 0, int64 [B].
         listed: Items of the history from 0, -1 = none, [B, S].
@@ -49,18 +50,19 @@ class History:
 def control_scores(data: SequenceData) -> dict[str, dict[str, float]]:
     """Test metrics of every control, by name."""
     matrix = interaction_matrix(data)
-    popularity = matrix.sum(0)
+    popularity = torch.from_numpy(np.asarray(matrix.sum(0), np.float32).ravel())
     scores = {"popularity": evaluate(data, "test", lambda h: popularity.expand(len(h.last), -1))}
     scores["markov"], chain = _best(
         data, (markov(data, window) for window in MARKOV_WINDOW), lambda m: lambda h: m[h.last]
     )
     if data.num_items > DENSE_ITEMS:
         return scores
+    together = torch.from_numpy((matrix.T @ matrix).toarray())
     scores["item_knn"], _ = _best(
-        data, (item_knn(matrix, k) for k in NEIGHBOURS), lambda m: lambda h: h.seen @ m
+        data, (item_knn(together, k) for k in NEIGHBOURS), lambda m: lambda h: h.seen @ m
     )
     scores["ease"], weights = _best(
-        data, (ease(matrix, penalty) for penalty in EASE_LAMBDA), lambda m: lambda h: h.seen @ m
+        data, (ease(together, penalty) for penalty in EASE_LAMBDA), lambda m: lambda h: h.seen @ m
     )
     scores["ease_markov"], _ = _best(
         data, iter(MIX), lambda f: lambda h: h.seen @ weights + f * chain[h.last]
@@ -92,31 +94,37 @@ def _best(
     return evaluate(data, "test", scorer_of(chosen)), chosen
 
 
-def interaction_matrix(data: SequenceData) -> Tensor:
-    """Who did what in training, 0 or 1, float32 [U, I]; sparse logs fit as long as users times items does."""
-    log, ends = data.log, data.parts.train_end
-    matrix = torch.zeros(len(log.users), len(log.items))
-    for user, (start, end) in enumerate(zip(log.offsets[:-1], ends, strict=True)):
-        matrix[user, log.item[start:end] - 1] = 1.0
+def interaction_matrix(data: SequenceData) -> sparse.csr_array:
+    """Who did what in training, 0 or 1, float32 [U, I]."""
+    log = data.log
+    user = np.repeat(np.arange(len(log.users)), data.parts.train_end - log.offsets[:-1])
+    places = user, data.train_items() - 1
+    matrix = sparse.csr_array((np.ones(len(user), np.float32), places), (len(log.users), len(log.items)))
+    matrix.data[:] = 1  # repeated events were summed
     return matrix
 
 
-def item_knn(matrix: Tensor, neighbours: int) -> Tensor:
-    """Cosine similarity of items, the nearest `neighbours` of each kept, [I, I]."""
-    unit = matrix / matrix.norm(dim=0).clamp_min(1e-9)
-    similar = (unit.T @ unit).fill_diagonal_(0)
+def item_knn(together: Tensor, neighbours: int) -> Tensor:
+    """Cosine similarity of items, the nearest `neighbours` of each kept, [I, I].
+
+    Args:
+        together: How many users did both items, [I, I].
+        neighbours: How many.
+    """
+    norm = together.diagonal().sqrt().clamp_min(1e-9)
+    similar = (together / norm / norm[:, None]).fill_diagonal_(0)
     if neighbours < len(similar):
         least = similar.topk(neighbours, dim=0).values[-1]
         similar = similar * (similar >= least)
     return similar
 
 
-def ease(matrix: Tensor, penalty: float) -> Tensor:
-    """Item weights with zero diagonal that reconstruct the users' rows best under a ridge penalty.
+def ease(together: Tensor, penalty: float) -> Tensor:
+    """Item weights with zero diagonal that reconstruct the users' rows best under a ridge penalty; arguments as `item_knn`.
 
     Source: Steck, "Embarrassingly shallow autoencoders for sparse data", arXiv:1905.03375, eq. 8.
     """
-    gram = (matrix.T @ matrix).double()
+    gram = together.double()
     inverse = torch.linalg.inv(gram + penalty * torch.eye(len(gram), dtype=torch.float64))
     return (inverse / -inverse.diagonal()).fill_diagonal_(0).float()
 

@@ -131,7 +131,9 @@ class Recommendation(ZooTask):
             self._targets.append(target.cpu())
             self._lengths.append((batch["seen"] > 0).sum(1).cpu())
             if self.data.exclude_seen:
-                scores = scores.scatter(1, (batch["seen"] - 1).clamp_min(0), float("-inf"))
+                # Item numbers run from 1: padding points at a column of its own.
+                spare = torch.cat((scores[:, :1], scores), 1)
+                scores = spare.scatter(1, batch["seen"], float("-inf"))[:, 1:]
             self._top.append(scores.topk(min(10, scores.shape[1]), dim=1).indices.cpu())
 
     def on_test_start(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from data import create_data
 from data.errors import DataError
-from data.rec_controls import ease
+from data.rec_controls import ease, interaction_matrix
 from data.rec_log import build_log, split_log
 from data.sampler import BatchKey
 
@@ -155,10 +155,16 @@ def test_controls_find_the_chain(data) -> None:
     assert all(0 <= v <= 1 for row in scores.values() for v in row.values())
 
 
+def test_interactions_are_those_of_training(data) -> None:
+    log, matrix = data.log, interaction_matrix(data).toarray()
+    for user, (start, end) in enumerate(zip(log.offsets[:-1], data.parts.train_end, strict=True)):
+        assert set(matrix[user].nonzero()[0] + 1) == set(log.item[start:end]) and matrix[user].max() == 1
+
+
 def test_ease_solves_its_least_squares_problem() -> None:
     torch.manual_seed(0)
     x = (torch.rand(40, 6) < 0.4).double()
-    weights = ease(x.float(), 3.0).double()
+    weights = ease((x.T @ x).float(), 3.0).double()
     assert weights.diagonal().abs().max() == 0
     for item in range(6):  # a ridge regression of each column on the others
         others = [i for i in range(6) if i != item]

@@ -107,6 +107,16 @@ def test_evaluation_equals_ranking_by_hand(data, tmp_path: Path) -> None:
     assert all(p.stat().st_size > 5000 for p in written)
 
 
+@torch.no_grad()
+def test_padding_of_a_history_hides_no_item(data) -> None:
+    task = make(data).eval()
+    batch = next(iter(data.test_dataloader()))
+    for extra in (0, 2):
+        seen = torch.nn.functional.pad(batch["seen"], (extra, 0))
+        task.update_metrics({**batch, "seen": seen}, task.metrics["test"], "test")
+    assert torch.equal(*task._top) and torch.equal(*task._ranks)
+
+
 def test_constant_scorer_gets_chance_not_one(data) -> None:
     task = make(data)
     with torch.no_grad():
@@ -127,7 +137,8 @@ def test_hidden_items_are_asked_and_nothing_else(data) -> None:
     items, targets = task._hide(batch["items"], batch["targets"])
     hidden = items == task.model.mask_token
     assert hidden.any() and (targets[~hidden] == 0).all() and (targets[hidden] > 0).all()
-    assert (items[batch["items"][:, 1:].new_zeros(items.shape).bool()] > 0).all()
+    full = torch.cat((batch["items"][:, 1:], batch["targets"][:, -1:]), 1)
+    assert torch.equal(targets[hidden], full[hidden]) and torch.equal(items[~hidden], full[~hidden])
     alone = make(data, "bert4rec", mask_last=1.0)._hide(batch["items"], batch["targets"])[0]
     assert ((alone == task.model.mask_token).nonzero()[:, 1] == 7).all()
 
