@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data import register_data
+from data.carriers import sha256_of
 from data.detection_files import FileScenes
 from data.detection_records import Record, clean_boxes
 from data.errors import DataError
@@ -52,14 +53,17 @@ class CocoData(FileScenes):
         for split, file in self.files.items():
             if file is None:
                 continue
-            found, categories = self._read_file(root / file, split)
+            try:
+                found, categories = self._read_file(root / file)
+            except KeyError as error:
+                raise DataError(f"{root / file}: an image, annotation or category has no {error}") from None
             if names is not None and categories != names:
                 raise DataError(f"{root / file}: its categories differ from those of {self.files['train']}")
             records[split], names = found, categories
         self.category_ids = [i for i, _ in names]
         return records, [name for _, name in names]
 
-    def _read_file(self, path: Path, split: str) -> tuple[list[Record], list[tuple[int, str]]]:
+    def _read_file(self, path: Path) -> tuple[list[Record], list[tuple[int, str]]]:
         content = read_json(path)
         for key in ("images", "annotations", "categories"):
             if not isinstance(content.get(key), list):
@@ -118,6 +122,10 @@ class CocoData(FileScenes):
             area=np.array([float(a.get("area", s)) for a, s in zip(own, sides, strict=True)]),
             segments=[a.get("segmentation") for a in own],
         )
+
+    def mask_meaning(self) -> str:
+        """The annotation files, which hold the polygons."""
+        return repr([sha256_of(self.root / file) for file in self.files.values() if file is not None])
 
     @property
     def mask_labels(self) -> list[str]:

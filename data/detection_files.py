@@ -203,6 +203,10 @@ class FileScenes(SceneData):
         """The mask file of a record as places in `mask_labels`."""
         raise NotImplementedError
 
+    def mask_meaning(self) -> str:
+        """Options that say what masks and polygons mean, for the hash."""
+        return ""
+
     # -- records -----------------------------------------------------------------------------------------
 
     def original_size(self, split: str, index: int) -> tuple[int, int]:
@@ -238,15 +242,14 @@ class FileScenes(SceneData):
         }
 
     def data_hash(self) -> str:
-        """Hash of names, sizes and annotations; pixels stand for themselves by their file's size."""
+        """Hash of names, sizes, annotations and what masks mean; pixels stand for themselves by their file's size."""
         self.setup()
-        parts: list[Any] = ["1"]
+        parts: list[Any] = ["2", repr((sorted(self.provides), self.has_background, self.mask_meaning()))]
         for split, records in self._records.items():
             for r in records:
                 parts += [
-                    f"{split} {_name(r.path, self.root)} {r.path.stat().st_size} {r.size}",
-                    r.boxes,
-                    r.labels,
+                    f"{split} {_name(r.path, self.root)} {r.path.stat().st_size} {r.size} {_stamp(r.mask)}",
+                    *(r.boxes, r.labels, r.crowd, r.area),
                 ]
         return hash_arrays(*parts, *self.labels)
 
@@ -299,6 +302,11 @@ class _Batches:
 def _large_enough(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
     return boxes[keep], labels[keep]
+
+
+def _stamp(mask: Path | None) -> str:
+    """Size and time of a mask file; masks drawn anew often have the size of the old ones."""
+    return "" if mask is None else f"{mask.stat().st_size} {mask.stat().st_mtime_ns}"
 
 
 def _name(path: Path, root: Path) -> str:

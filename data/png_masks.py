@@ -58,6 +58,11 @@ class PngMasksData(FileScenes):
         self.has_background = background
         self.zero_is_void = zero_is_void
         self.mapping = {int(k): int(v) for k, v in (mapping or {}).items()}
+        for value in (*self.mapping, *self.mapping.values()):
+            if not 0 <= value <= 255:
+                raise DataError(
+                    f"data.mapping holds {value}; pixel values and classes are 0 .. 255, 255 is void"
+                )
 
     @property
     def provides(self) -> frozenset[str]:
@@ -115,6 +120,9 @@ class PngMasksData(FileScenes):
         if self.zero_is_void:
             return np.where((values == 0) | (values == VOID), VOID, values.astype(int) - 1).astype(np.uint8)
         return values
+
+    def mask_meaning(self) -> str:
+        return repr((self.zero_is_void, sorted(self.mapping.items())))
 
     def read_mask(self, record: Record) -> np.ndarray:
         values = self._translate(read_classes(record.mask), record.mask)

@@ -235,7 +235,7 @@ def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> 
     """How many of the k truly most relevant behaviours are among the k with the best scores, and their weight.
 
     Args:
-        scores: What the model orders by, [B, M].
+        scores: What the model orders by, [B, M]; the search leaves out what has -inf.
         relevance: True weights, >= 0, [B, M].
         real: Behaviours that are no padding, bool [B, M].
         k: Depth. A sample with fewer relevant behaviours is asked for those; one with none is left out.
@@ -248,12 +248,13 @@ def recall_of_truth(scores: Tensor, relevance: Tensor, real: Tensor, k: int) -> 
     # A score shared by many says nothing of their order: shuffle them, so that padding order does not help.
     mixed = torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(0)).to(scores.device)
     scores, relevance, real = scores[:, mixed], relevance[:, mixed], real[:, mixed]
-    found = scores.masked_fill(~real, float("-inf")).topk(k, 1).indices
+    best, found = scores.masked_fill(~real, float("-inf")).topk(k, 1)
+    taken = best > float("-inf")
     wanted_weight, wanted = relevance.topk(k, 1)
     is_wanted = torch.zeros_like(real).scatter(1, wanted, wanted_weight > 0)
     count = is_wanted.sum(1)
-    hits = is_wanted.gather(1, found).sum(1)
-    held = relevance.gather(1, found).sum(1) / wanted_weight.sum(1).clamp_min(1e-12)
+    hits = (is_wanted.gather(1, found) & taken).sum(1)
+    held = (relevance.gather(1, found) * taken).sum(1) / wanted_weight.sum(1).clamp_min(1e-12)
     asked = count > 0
     return (hits / count.clamp_min(1))[asked].float(), held[asked].float()
 

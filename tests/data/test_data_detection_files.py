@@ -1,6 +1,7 @@
 """COCO, VOC, YOLO and PNG masks: what is read, what is skipped, what is refused; boxes and masks move together."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -117,6 +118,9 @@ def test_coco_errors_name_the_way_out(tmp_path):
     coco_folder(tmp_path, **bad)
     with pytest.raises(DataError, match="annotation 7 has category id 5.*3, 90"):
         create_data("coco", root=str(tmp_path)).setup()
+    coco_folder(tmp_path, annotations=[{"id": 7, "image_id": 10, "category_id": 3}])
+    with pytest.raises(DataError, match="annotations.json: an image, annotation or category has no 'bbox'"):
+        create_data("coco", root=str(tmp_path)).setup()
     coco_folder(tmp_path)
     (tmp_path / "0.png").unlink()
     data = create_data("coco", root=str(tmp_path))
@@ -202,9 +206,29 @@ def test_png_masks_palette_void_and_mapping(tmp_path):
     with pytest.raises(DataError, match="0.png holds value 2, but there are 2 classes"):
         data = create_data("png_masks", root=root, classes=["background", "a"])
         data.pixel_classes(all_records(data)["0.jpg"])
+    with pytest.raises(DataError, match="data.mapping holds -1"):
+        create_data("png_masks", root=root, mapping={-1: 0})
     Image.new("RGB", (8, 6)).save(tmp_path / "masks" / "1.png")
     with pytest.raises(DataError, match="RGB picture"):
         create_data("png_masks", root=root).setup()
+
+
+def test_hashes_see_masks_and_what_they_mean(tmp_path):
+    root = masks_folder(tmp_path / "png", [0, 1, 2, 255])
+    found = [
+        create_data("png_masks", root=str(root), mapping=m).data_hash() for m in (None, None, {1: 0, 2: 1})
+    ]
+    os.utime(root / "masks" / "0.png", (0, 0))  # drawn anew
+    found.append(create_data("png_masks", root=str(root)).data_hash())
+    assert found[0] == found[1] and len(set(found)) == 3
+    crowds = []
+    for crowd in (0, 1):
+        folder = coco_folder(tmp_path / "coco")
+        content = json.loads((folder / "annotations.json").read_text())
+        content["annotations"][0]["iscrowd"] = crowd
+        (folder / "annotations.json").write_text(json.dumps(content))
+        crowds.append(create_data("coco", root=str(folder)).data_hash())
+    assert crowds[0] != crowds[1]
 
 
 def test_an_image_of_one_pixel(tmp_path):

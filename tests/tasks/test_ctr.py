@@ -123,6 +123,8 @@ def test_perfect_and_useless_scores() -> None:
     assert all(part.min() > 0.9999 for part in recall_of_truth(relevance, relevance, real, 10))
     constant = recall_of_truth(torch.zeros(50, 40), relevance, real, 10)[0].mean()
     assert abs(constant - 0.25) < 0.1  # 10 of 40 at random
+    nothing = recall_of_truth(torch.full((50, 40), -torch.inf), relevance, real, 10)
+    assert all(part.max() == 0 for part in nothing), "a search that leaves everything out finds nothing"
     truth = relevance + 1e-3
     right = correlation_with_truth(truth.log(), truth, real)
     assert right.min() > 0.999
