@@ -10,7 +10,7 @@ from data import register_data
 from data.base import SPLITS
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_graph
+from data.traffic_formats import existing, read_arrays, read_graph
 from data.traffic_series import Series
 
 
@@ -50,10 +50,7 @@ class DcrnnWindowsData(TrafficData):
         parts = []
         for split in SPLITS:
             path = existing(root / f"{split}.npz", "data.root")
-            with np.load(path, allow_pickle=False) as archive:
-                if not {"x", "y"} <= set(archive.files):
-                    raise DataError(f"{path}: expected arrays x and y, found {', '.join(archive.files)}")
-                x, y = archive["x"], archive["y"]
+            x, y = read_arrays(path, "x", "y")
             if x.ndim != 4 or y.ndim != 4 or x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
                 raise DataError(
                     f"{path}: x {list(x.shape)} and y {list(y.shape)} are not [windows, steps, sensors, channels]"

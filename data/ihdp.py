@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class IhdpData(ZooData):
                         f"{self.path} lacks {', '.join(missing)}; it holds {', '.join(file.files)}"
                     )
                 found = {f: file[f] for f in FIELDS}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, BadZipFile) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"cannot read {self.path}: {error}") from error

@@ -10,7 +10,7 @@ import numpy as np
 from data import register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_frame_h5, read_graph
+from data.traffic_formats import existing, read_csv, read_frame_h5, read_graph
 from data.traffic_series import Series, regular
 
 
@@ -78,10 +78,8 @@ class LargestData(TrafficData):
         return series
 
     def _meta(self, sensors: list[str]) -> Any:
-        import pandas as pd
-
         path = existing(self.meta, "data.meta")
-        table = pd.read_csv(path, dtype={"ID": str})
+        table = read_csv(path, dtype={"ID": str})
         missing = {"ID", "Lat", "Lng"} - set(table.columns)
         if missing:
             raise DataError(f"{path}: columns {', '.join(sorted(missing))} are missing")

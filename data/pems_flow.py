@@ -10,7 +10,7 @@ import numpy as np
 from data import register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_graph
+from data.traffic_formats import existing, read_arrays, read_graph
 from data.traffic_series import Series, regular
 
 
@@ -56,12 +56,7 @@ class PemsFlowData(TrafficData):
     def read(self) -> Series:
         """One channel, dated from ``start``."""
         path = existing(self.path, "data.path")
-        with np.load(path, allow_pickle=False) as archive:
-            if "data" not in archive.files:
-                raise DataError(
-                    f"{path}: expected an array 'data' [T, N, channels], found {', '.join(archive.files)}"
-                )
-            cells = archive["data"]
+        (cells,) = read_arrays(path, "data")
         if cells.ndim == 2:
             cells = cells[..., None]
         if cells.ndim != 3 or not 0 <= self.channel < cells.shape[2]:

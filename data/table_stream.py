@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from torch.utils.data import Dataset
 
 from data import carriers, register_data, tabular_baselines
@@ -133,27 +134,33 @@ class TableStreamData(TabularData):
             "target": (np.float32, len(p.schema.targets)),
         }
         folder = (self.scratch or carriers.cache_dir() / "streams") / self._key()
-        done = folder / "done"
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            files = {k: (folder / f"{k}.bin").open("wb") for k in widths}
-            try:
-                for piece in self.pieces():
-                    found = p.encode(piece)
-                    found["target"] = np.stack([self._standard(piece, t) for t in p.schema.targets], 1)
-                    for key, (kind, _) in widths.items():
-                        files[key].write(np.ascontiguousarray(found[key], dtype=kind).data)
-            finally:
-                for file in files.values():
-                    file.close()
-            done.touch()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # processes of one run, or jobs side by side
+            if not (folder / "done").exists():
+                self._write(folder, widths)
         return {
             key: np.memmap(folder / f"{key}.bin", kind, "r", shape=(rows, width))
             if width
             else np.zeros((rows, 0), kind)
             for key, (kind, width) in widths.items()
         }
+
+    def _write(self, folder: Path, widths: dict[str, tuple[type, int]]) -> None:
+        """Encode the whole file into `folder`; the file `done` says that it is complete."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        files = {k: (folder / f"{k}.bin").open("wb") for k in widths}
+        try:
+            for piece in self.pieces():
+                found = self.preprocessor.encode(piece)
+                targets = self.preprocessor.schema.targets
+                found["target"] = np.stack([self._standard(piece, t) for t in targets], 1)
+                for key, (kind, _) in widths.items():
+                    files[key].write(np.ascontiguousarray(found[key], dtype=kind).data)
+        finally:
+            for file in files.values():
+                file.close()
+        (folder / "done").touch()
 
     def _key(self) -> str:
         """Names the encoded arrays: the file as it is now and everything that the encoding depends on."""

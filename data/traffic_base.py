@@ -171,6 +171,8 @@ class TrafficData(ZooData):
         """Readings, clock, splits, window sizes and what the scores depend on."""
         self.setup()
         settings = f"{VERSION} {self.geometry} {self.report_steps} {self.mape_min} {has_lightgbm()}"
+        if self.zscore_includes_missing:
+            settings += " missing as zero"
         parts = [self.starts[split] for split in SPLITS]
         return hash_arrays(settings, self.series.values, self.series.week_slot, *parts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,6 +32,28 @@ def existing(path: Any, what: str) -> Path:
     if not path.exists():
         raise DataError(f"{what}={path} does not exist")
     return path
+
+
+def read_csv(path: Path, **options: Any) -> Any:
+    """A CSV file as a data frame; a file that is no table raises DataError."""
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise DataError(f"cannot read table {path}: {' '.join(str(error).split())}") from None
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an `.npz` file by name, without unpickling; a file that lacks one or is damaged raises DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if set(names) <= set(archive.files):
+                return [archive[name] for name in names]
+            found = archive.files
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
+        raise DataError(f"{path} is no readable .npz file: {error}") from None
+    raise DataError(f"{path}: expected the arrays {', '.join(names)}, found {', '.join(found)}")
 
 
 class _Restricted(pickle.Unpickler):
@@ -77,7 +100,7 @@ def read_graph(path: Path, series: Series, *, sigma: float | None, cut: float) -
         try:
             loaded = np.load(path, allow_pickle=False)
             matrix = loaded if suffix == ".npy" else loaded[loaded.files[0]]
-        except (OSError, ValueError, EOFError, IndexError) as error:
+        except (OSError, ValueError, EOFError, IndexError, BadZipFile) as error:
             raise DataError(f"data.adjacency={path} is no readable array: {error}") from None
     elif suffix == ".csv":
         header = path.open(encoding="utf-8-sig").readline().lower()
@@ -96,7 +119,7 @@ def _csv_matrix(path: Path) -> tuple[list[str] | None, np.ndarray]:
     """A matrix of numbers, with or without a header row of ids and an index column."""
     import pandas as pd
 
-    table = pd.read_csv(path, header=None, dtype=str)
+    table = read_csv(path, header=None, dtype=str)
     numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     if table.shape[0] == table.shape[1] + 1:  # a header alone
         return [str(name) for name in table.iloc[0]], numbers[1:]
@@ -114,7 +137,7 @@ def read_distances(path: Path, sensors: list[str]) -> np.ndarray:
     """
     import pandas as pd
 
-    table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+    table = read_csv(path, dtype=str, encoding="utf-8-sig")
     table.columns = [column.strip().lower() for column in table.columns]
     cost = next((name for name in ("cost", "distance", "dist", "length") if name in table.columns), None)
     if cost is None or not {"from", "to"} <= set(table.columns):
@@ -227,7 +250,7 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         if isinstance(table.index, pd.DatetimeIndex):
             table = table.reset_index()
     else:
-        table = pd.read_csv(path)
+        table = read_csv(path)
     lower = {str(column).strip().lower(): column for column in table.columns}
     if {"timestamp", "sensor", "value"} <= set(lower):
         stamp, sensor, value = (lower[name] for name in ("timestamp", "sensor", "value"))

@@ -9,7 +9,7 @@ import numpy as np
 from data import register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_graph, read_table
+from data.traffic_formats import existing, read_csv, read_graph, read_table
 from data.traffic_series import Series, great_circle_m, kernel_adjacency, regular
 
 
@@ -58,10 +58,8 @@ class TrafficTableData(TrafficData):
         return series
 
     def _places(self, sensors: list[str]) -> np.ndarray:
-        import pandas as pd
-
         path = existing(self.locations, "data.locations")
-        table = pd.read_csv(path, dtype=str)
+        table = read_csv(path, dtype=str)
         table.columns = [column.strip().lower() for column in table.columns]
         missing = {"sensor", "latitude", "longitude"} - set(table.columns)
         if missing:

@@ -220,6 +220,9 @@ def test_long_and_wide_tables_agree(tmp_path):
     (tmp_path / "bad.csv").write_text("timestamp,a\nyesterday,1\n")
     with pytest.raises(DataError, match="'yesterday' in row 1"):
         read_table(tmp_path / "bad.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match="cannot read table .*empty.csv"):
+        read_table(tmp_path / "empty.csv")
 
 
 def test_pems_archive(tmp_path):
@@ -234,6 +237,12 @@ def test_pems_archive(tmp_path):
     assert data.adjacency()[0, 1] > 0 and data.adjacency()[0, 3] == 0
     with pytest.raises(DataError, match="channel=3"):
         create_data("pems_flow", channel=3, **options).setup()
+    np.savez(tmp_path / "PEMS04.npz", other=cells)
+    with pytest.raises(DataError, match="expected the arrays data, found other"):
+        create_data("pems_flow", **options).setup()
+    (tmp_path / "PEMS04.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(DataError, match="PEMS04.npz is no readable .npz file"):
+        create_data("pems_flow", **options).setup()
 
 
 def test_largest_sums_steps_and_cuts_a_district(tmp_path):

@@ -118,6 +118,8 @@ def test_records_are_stable(roads):
     assert again.split_record() == roads.split_record() and again.data_hash() == roads.data_hash()
     other = create_data("road_network", lag_steps=[24, 168], data_seed=1)
     assert other.data_hash() != roads.data_hash()
+    zeros = create_data("road_network", lag_steps=[24, 168], zscore_includes_missing=True)
+    assert zeros.data_hash() != roads.data_hash(), "baselines see other inputs"
 
 
 def test_auckland_counter_day():

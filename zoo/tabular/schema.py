@@ -304,6 +304,6 @@ def _target(column: pd.Series, wanted: str | None) -> Target:
     if len(classes) > 0.5 * len(present):
         raise DataError(
             f"target {name!r} has {len(classes)} classes in {len(present)} rows; is it a number stored as text, or "
-            "an identifier? declare its kind in data.target_kinds"
+            "an identifier? declare its kind in data.target_kind"
         )
     return Target(name, kind, classes)
