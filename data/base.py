@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -177,11 +176,6 @@ class ZooData(LightningDataModule):
             },
             "skipped": len(self.skipped),
         }
-
-    def write_split(self, path: Path) -> None:
-        """Store which samples are in which split, with the record, as JSON."""
-        content = {**self.split_record(), "samples": self.split_ids(), "skipped_files": self.skipped}
-        write_atomic(path, json.dumps(content, indent=1).encode())
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Scores of trivial and classical models on the test split, by name and metric.

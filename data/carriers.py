@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -32,7 +32,6 @@ __all__ = [
     "Source",
     "cache_dir",
     "cached",
-    "describe",
     "fetch",
     "fetch_all",
     "read_member",
@@ -250,18 +249,3 @@ def _is_verified(path: Path, digest: str) -> bool:
 def _mark_verified(path: Path, digest: str) -> None:
     with contextlib.suppress(OSError):  # a read-only cache still serves, only slower
         write_atomic(_stamp(path), _fingerprint(path, digest).encode())
-
-
-def describe(names: list[str] | None = None) -> Iterator[dict[str, str]]:
-    """Rows for a listing: name, package, version, cached, licence, citation, note."""
-    for name in names or list(SOURCES):
-        spec = source(name)
-        yield {
-            "name": name,
-            "package": spec.package,
-            "version": spec.version,
-            "cached": "yes" if cached(name) else "no",
-            "licence": spec.licence,
-            "citation": spec.citation,
-            "note": spec.note,
-        }

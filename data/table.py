@@ -161,10 +161,13 @@ class TableData(TabularData):
                 f"split column {self.split_column!r} holds {strange[0]!r}; write train, val or test"
             )
         found = {split: np.flatnonzero(given == split) for split in SPLITS}
+        # Files are often sorted, and a bank of training rows takes the first ones.
+        order = np.random.RandomState(self.split_seed).permutation(found["train"])
+        count = 0
         if not len(found["val"]):  # many sources give train and test alone
-            order = np.random.RandomState(self.split_seed).permutation(found["train"])
             count = max(1, round(len(order) * self.val_fraction))
-            found["val"], found["train"] = order[:count], order[count:]
+            found["val"] = order[:count]
+        found["train"] = order[count:]
         return found
 
     def make_schema(self, frame: pd.DataFrame, train: pd.DataFrame) -> Any:

@@ -187,7 +187,6 @@ def test_every_source_is_complete(name):
         assert filename.startswith(f"{source.package.replace('-', '_')}-{source.version}-")
     assert source.members and all(not path.startswith("/") for path in source.members.values())
     assert source.licence and source.citation
-    assert next(carriers.describe([name]))["package"] == source.package
 
 
 @pytest.mark.parametrize("name", list(carriers.SOURCES))

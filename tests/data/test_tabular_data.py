@@ -240,6 +240,8 @@ def test_split_column(tmp_path):
     data = make(tmp_path, table, split_column="part")
     assert data.split_record()["sizes"] == {"train": 200, "val": 100, "test": 100}
     assert "part" not in data.preprocessor.feature_names
+    train = [int(i) for i in data.split_ids()["train"]]
+    assert sorted(train) == [i for i in range(400) if i % 4 in (0, 3)] and train != sorted(train)
     with pytest.raises(ANY, match="write train, val or test"):
         make(tmp_path, table.assign(part="x"), split_column="part")
 

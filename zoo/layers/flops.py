@@ -1,7 +1,8 @@
 """Counting the floating point operations of a forward pass from formulas.
 
 torch's own counter sees nothing of the fused attention on CPU, and a mechanism's cost should not depend on how it is
-computed; so attention modules state their cost, and the layers around them are counted by hooks.
+computed; so attention modules state their cost, and the layers around them are counted by hooks. A module that multiplies
+matrices by itself states them in a method `forward_flops(inputs, output)`, to which its layers inside add theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
@@ -29,6 +31,14 @@ def count_flops(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | Non
         nonlocal total
         total += 2 * output.numel() * module.weight[0].numel()
 
+    def transposed(module: Any, inputs: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += 2 * inputs[0].numel() * module.weight[0].numel()
+
+    def stated(module: Any, inputs: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += module.forward_flops(inputs, output)
+
     def attention(module: Attention, inputs: tuple, keywords: dict, output: Tensor) -> None:
         nonlocal total
         x = inputs[0]
@@ -42,6 +52,10 @@ def count_flops(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | Non
             handles.append(module.register_forward_hook(linear))
         elif isinstance(module, _CONVOLUTIONS):
             handles.append(module.register_forward_hook(convolution))
+        elif isinstance(module, _TRANSPOSED):
+            handles.append(module.register_forward_hook(transposed))
+        elif hasattr(module, "forward_flops"):
+            handles.append(module.register_forward_hook(stated))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention, with_kwargs=True))
     training = model.training

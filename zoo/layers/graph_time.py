@@ -73,6 +73,14 @@ class SegmentGat(nn.Module):
             flat = torch.nn.functional.elu(layer(flat, many, attribute))
         return flat.view(batch, steps, nodes, -1)
 
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the maps of nodes (source, target, residual) and, per edge, of its attribute, score and message."""
+        x, edges = inputs[:2]
+        graphs, nodes, dim = x.shape[0] * x.shape[1], x.shape[2], output.shape[-1]
+        linked = int((edges[0] != edges[1]).sum()) + nodes
+        widths = [x.shape[-1]] + [dim] * (len(self.layers) - 1)
+        return sum(2.0 * graphs * dim * (3 * nodes * width + 3 * linked) for width in widths)
+
 
 class SegmentAttention(nn.Module):
     """One vector from T segments by a learned query, with dropout that removes whole segments in training.

@@ -29,3 +29,7 @@ class MemberHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, k, in_dim] -> [B, k, out_dim]."""
         return torch.einsum("bki,kio->bko", x, self.weight) + self.bias
+
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the products with `weight`."""
+        return 2.0 * output.numel() * self.weight.shape[1]

@@ -145,6 +145,10 @@ class NumericalEmbedding(nn.Module):
             out = torch.where(missing[..., None], self.missing, out)
         return out
 
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the products with `weight`."""
+        return 2.0 * output.numel() * self.weight.shape[1]
+
     def extra_repr(self) -> str:
         return f"columns={self.columns}, dim={self.dim}, kind={self.kind}"
 

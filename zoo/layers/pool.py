@@ -116,3 +116,8 @@ class EfficientProbe(nn.Module):
         weights = self.attention_map(x, key_mask=key_mask, bias=bias)
         values = self.value(x).unflatten(-1, (self.query.shape[0], -1))  # [B, N, Q, C']
         return torch.einsum("bqn,bnqc->bqc", weights, values).flatten(1)
+
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the scores and of the weighted sums."""
+        batch, tokens, dim = inputs[0].shape
+        return 2.0 * batch * tokens * (self.query.shape[0] * dim + self.out_dim)

@@ -76,6 +76,10 @@ class MaskTransformerHead(nn.Module):
         labels = F.normalize(self.label(x[:, -count:]), dim=-1)
         return map_of(self.mask_norm(patches @ labels.transpose(1, 2)), grid)
 
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the cosines between patches and classes."""
+        return 2.0 * output.numel() * self.classes.shape[-1]
+
     @property
     def no_weight_decay(self) -> set[str]:
         return {"classes"}
@@ -235,6 +239,12 @@ class EncoderOnlyHead(nn.Module):
         scores = torch.einsum("bqk,bqhw->bkhw", share, masks.sigmoid())
         # Logits whose softmax is the mixture, normalised over classes.
         return scores.clamp(min=1e-6).log()
+
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the masks, and of their mixture."""
+        _, queries, dim = self.queries.shape
+        batch, classes, height, width = output.shape
+        return 2.0 * batch * queries * height * width * (dim + classes)
 
     @property
     def no_weight_decay(self) -> set[str]:

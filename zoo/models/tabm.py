@@ -60,6 +60,10 @@ class EnsembleLinear(nn.Module):
         """[B, k, in_dim] or [B, 1, in_dim] -> [B, k, out_dim]."""
         return torch.addcmul(self.bias, nn.functional.linear(x * self.r, self.weight), self.s)
 
+    def forward_flops(self, inputs: tuple, output: Tensor) -> float:
+        """Of the products with `weight`."""
+        return 2.0 * output.numel() * self.weight.shape[1]
+
 
 @register_model
 class TabM(nn.Module):
