@@ -378,3 +378,20 @@ def test_many_short_sequences_are_one_flat_batch():
     model.encoder[0].temporal.register_forward_pre_hook(hook, with_kwargs=True)
     model(**inputs(looks=0))
     assert seen == [torch.Size([3 * N, P, 64])]
+
+
+def test_the_step_head_can_hand_a_look_through():
+    """Last week's distance from the profile, straight to the forecast of its step: last week's reading."""
+    model = build("staeformer", step_dim=8)
+    x = inputs()
+    features = model.scaler.known_features
+    with torch.no_grad():
+        for weight in (model.head.weight, model.head.bias, model.step_head.out):
+            weight.zero_()
+        # z-score, distance, seen of lag 24; then those of lag 168.
+        model.step_head.direct.zero_()[..., 4] = 1.0
+        found = model(**x)
+    week, seen = x["known"][:, 1], x["known_seen"][:, 1]
+    torch.testing.assert_close(found[seen], week[seen], rtol=1e-4, atol=1e-3)
+    assert model.step_head.direct.shape == (Q, 1, features)
+    assert build("staeformer", step_dim=8, lag_steps=[]).step_head is None

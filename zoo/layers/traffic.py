@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -187,3 +188,37 @@ class GraphBias(nn.Module):
             return torch.zeros_like(self.adjacency).masked_fill(off, -torch.inf)[None, None]
         logs = self.adjacency.clamp_min(self.floor).log()
         return (self.strength[:, None, None] * logs)[None]
+
+
+class StepHead(nn.Module):
+    """Forecast of each step from its sensor's token and from the earlier looks at that very step.
+
+    z = sum_h o_qh gelu(W x + U k_q + e_q)_h + sum_g w_qg k_qg: a perceptron with one hidden layer, and a direct line
+    from each look to the forecast, which a token that squeezes all steps' looks into one vector cannot keep.
+
+    Args:
+        dim: Width of x.
+        known_features: G, features of a step's looks.
+        hidden_dim: Hidden width.
+        steps: Q.
+    """
+
+    def __init__(self, dim: int, known_features: int, hidden_dim: int, steps: int) -> None:
+        super().__init__()
+        self.token = nn.Linear(dim, hidden_dim)
+        self.known = nn.Linear(known_features, hidden_dim, bias=False)
+        self.step = nn.Parameter(torch.empty(steps, 1, hidden_dim))
+        self.out = nn.Parameter(torch.empty(steps, 1, hidden_dim))
+        self.direct = nn.Parameter(torch.empty(steps, 1, known_features))
+        self.no_weight_decay = ("step",)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.step, std=0.1)
+        nn.init.normal_(self.out, std=0.01)
+        nn.init.zeros_(self.direct)
+
+    def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        """[B, N, C] and [B, Q, N, G] to [B, Q, N]."""
+        hidden = F.gelu(self.token(x)[:, None] + self.known(known) + self.step)
+        return (hidden * self.out).sum(-1) + (known * self.direct).sum(-1)

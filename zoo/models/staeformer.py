@@ -19,7 +19,7 @@ from zoo.attention.base import Pattern
 from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError, unknown
 from zoo.layers.blocks import TransformerBlock
-from zoo.layers.traffic import CalendarEmbedding, GraphBias, SensorScaler
+from zoo.layers.traffic import CalendarEmbedding, GraphBias, SensorScaler, StepHead
 from zoo.models.registry import register_model
 
 
@@ -41,6 +41,7 @@ class Staeformer(nn.Module):
         patch_steps: Neighbouring steps that form one token; divides P.
         value_dim: Width of the embedded readings of a token.
         known_dim: Width of the embedded earlier looks; 0 leaves them out.
+        step_dim: Hidden width of a head that reads the looks at each forecast step again; 0 for none. See `StepHead`.
         day_dim: Width of the time-of-day table.
         weekday_dim: Width of the day-of-week table.
         week_dim: Width of the slot-of-week table; 0 for none.
@@ -63,6 +64,7 @@ class Staeformer(nn.Module):
             "patch_steps": 12,
             "value_dim": 32,
             "known_dim": 32,
+            "step_dim": 0,
             "day_dim": 0,
             "weekday_dim": 0,
             "week_dim": 16,
@@ -80,6 +82,7 @@ class Staeformer(nn.Module):
             "patch_steps": 1,
             "value_dim": 24,
             "known_dim": 0,
+            "step_dim": 0,
             "day_dim": 24,
             "weekday_dim": 24,
             "week_dim": 0,
@@ -108,6 +111,7 @@ class Staeformer(nn.Module):
         patch_steps: int | None = None,
         value_dim: int | None = None,
         known_dim: int | None = None,
+        step_dim: int | None = None,
         day_dim: int | None = None,
         weekday_dim: int | None = None,
         week_dim: int | None = None,
@@ -167,6 +171,10 @@ class Staeformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim) if o["norm"] == "pre" else nn.Identity()
         self.head = nn.Linear(self.tokens * dim, horizon_steps)
+        self.step_head = None
+        if known_dim and o["step_dim"]:
+            width = self.tokens * dim
+            self.step_head = StepHead(width, self.scaler.known_features, o["step_dim"], horizon_steps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -196,25 +204,14 @@ class Staeformer(nn.Module):
         """The table of places and sensors, like other embeddings."""
         return {"adaptive"}
 
-    def embed(
-        self,
-        history: Tensor,
-        history_seen: Tensor,
-        slots: Tensor,
-        known: Tensor | None,
-        known_seen: Tensor | None,
-    ) -> Tensor:
-        """Tokens [B, T, N, C]."""
-        past, future = slots.split((self.history_steps, slots.shape[1] - self.history_steps), dim=1)
+    def embed(self, history: Tensor, history_seen: Tensor, past: Tensor, looks: Tensor | None) -> Tensor:
+        """Tokens [B, T, N, C]; slots of the history [B, P], features of the earlier looks [B, Q, N, G]."""
         x = self.scaler.history(history, history_seen, past)  # [B, P, N, F]
         batch, _, sensors, _ = x.shape
         x = x.unflatten(1, (self.tokens, self.patch)).transpose(2, 3).flatten(3)
         parts = [self.value(x)]
         shape = (batch, self.tokens, sensors, -1)
-        if self.known is not None:
-            if known is None:
-                raise ConfigError("the model was built with lag_steps and needs known and known_seen")
-            looks = self.scaler.known(known, known_seen, future)  # [B, Q, N, G]
+        if looks is not None:
             parts.append(self.known(looks.transpose(1, 2).flatten(2))[:, None].expand(shape))
         last = past[:, self.patch - 1 :: self.patch]
         parts.append(self.calendar(last)[:, :, None].expand(shape))
@@ -242,7 +239,13 @@ class Staeformer(nn.Module):
             Readings, [B, Q, N].
         """
         slots = self.scaler.slots(clock)
-        x = self.embed(history, history_seen, slots, known, known_seen)
+        past, future = slots[:, : self.history_steps], slots[:, self.history_steps :]
+        looks = None
+        if self.known is not None:
+            if known is None:
+                raise ConfigError("the model was built with lag_steps and needs known and known_seen")
+            looks = self.scaler.known(known, known_seen, future)
+        x = self.embed(history, history_seen, past, looks)
         batch, tokens, sensors, dim = x.shape
         if self.temporal:
             x = x.transpose(1, 2).reshape(batch * sensors, tokens, dim)
@@ -258,8 +261,11 @@ class Staeformer(nn.Module):
         for block in self.spatial:
             x = block(x, key_mask=key_mask, bias=bias)
         x = self.norm(x).reshape(batch, tokens, sensors, dim)
-        z = self.head(x.transpose(1, 2).flatten(2)).transpose(1, 2)
-        return self.scaler.forecast(z, slots[:, self.history_steps :])
+        x = x.transpose(1, 2).flatten(2)
+        z = self.head(x).transpose(1, 2)
+        if self.step_head is not None:
+            z = z + self.step_head(x, looks)
+        return self.scaler.forecast(z, future)
 
 
 def _resolve(size: str, options: Mapping[str, Any]) -> dict[str, Any]:
