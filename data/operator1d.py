@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import numpy as np
@@ -92,9 +94,9 @@ class Operator1dData(ZooData):
         check_at_least(1, modes=modes, train=train, valid=valid, test=test)
         if nu <= 0 or duration <= 0:
             raise DataError(f"data.nu={nu} and data.duration={duration} must be positive")
-        for count in (nodes, *refine):
-            if count < 2 or NODES % count:
-                raise DataError(f"data.nodes={count} must divide {NODES}")
+        for option, counts in {"nodes": (nodes,), "refine": refine}.items():
+            if wrong := [count for count in counts if count < 2 or NODES % count]:
+                raise DataError(f"data.{option}: {wrong[0]} must divide {NODES} and be at least 2")
         self.nu, self.duration, self.modes = nu, duration, modes
         self.sizes, self.nodes, self.refine = (train, valid, test), nodes, tuple(refine)
 
@@ -104,15 +106,16 @@ class Operator1dData(ZooData):
             f"{VERSION}-{self.nu}-{self.duration}-{self.modes}-{sum(self.sizes)}-{self.split_seed}"
         )
         path = cache_dir() / "operator1d" / f"{key[:24]}.npy"
+        pair = None
         if path.is_file():
-            pair = np.load(path, allow_pickle=False)
-        else:
+            with contextlib.suppress(ValueError, EOFError):  # a damaged cache file is made again
+                pair = np.load(path, allow_pickle=False)
+        if pair is None:
             pair = self._generate()
-            import io
-
             buffer = io.BytesIO()
             np.save(buffer, pair)
-            write_atomic(path, buffer.getvalue())
+            with contextlib.suppress(OSError):  # a read-only or full cache only costs the time next time
+                write_atomic(path, buffer.getvalue())
         u0, u1 = torch.from_numpy(pair).float()
         edges = np.cumsum((0, *self.sizes))
         self.split = {

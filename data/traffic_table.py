@@ -64,8 +64,11 @@ class TrafficTableData(TrafficData):
         missing = {"sensor", "latitude", "longitude"} - set(table.columns)
         if missing:
             raise DataError(f"{path}: columns {', '.join(sorted(missing))} are missing")
-        table = table.set_index("sensor")
+        table = table.drop_duplicates("sensor").set_index("sensor")
         absent = [name for name in sensors if name not in table.index]
         if absent:
             raise DataError(f"{path} lacks {len(absent)} sensors, such as {absent[0]!r}")
-        return table.loc[sensors, ["latitude", "longitude"]].to_numpy(np.float64)
+        try:
+            return table.loc[sensors, ["latitude", "longitude"]].to_numpy(np.float64)
+        except ValueError as error:
+            raise DataError(f"{path}: latitude and longitude must be numbers ({error})") from error

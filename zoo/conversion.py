@@ -176,7 +176,9 @@ def _places(model: nn.Module) -> list[str]:
 
 
 def _build(name: str, old: nn.Module, model: nn.Module, options: dict[str, Any]) -> Attention:
+    dropout = getattr(getattr(old, "proj_drop", None), "p", 0.0)
     if isinstance(old, Attention):
+        inputs = [getattr(old, key) for key in ("qkv", "kv", "k") if hasattr(old, key)]
         return create_attention(
             name,
             old.dim,
@@ -188,6 +190,8 @@ def _build(name: str, old: nn.Module, model: nn.Module, options: dict[str, Any])
             grid=old.grid,
             ordered=old.ordered,
             higher_order=old.higher_order,
+            qkv_bias=all(module.bias is not None for module in inputs),
+            dropout=dropout,
             **options,
         )
     grid = Grid(tuple(model.patch_embed.grid_size), model.num_prefix_tokens)
@@ -199,6 +203,7 @@ def _build(name: str, old: nn.Module, model: nn.Module, options: dict[str, Any])
         length=grid.tokens,
         grid=grid,
         qkv_bias=old.qkv.bias is not None,
+        dropout=dropout,
         **options,
     )
 

@@ -1,5 +1,7 @@
 """Identities of the Hedgehog card."""
 
+import copy
+
 import pytest
 import torch
 from variants import build, inputs
@@ -52,5 +54,6 @@ def test_auxiliary_loss_is_the_distillation_while_training():
     (x,) = inputs(Pattern.SELF)
     module.train()(x)
     torch.testing.assert_close(module.auxiliary_loss(), 2 * module.distillation_loss(x))
+    assert copy.deepcopy(module).auxiliary_loss() == 0  # the graph of a pass is no part of a copy
     module.eval()(x)
     assert module.auxiliary_loss() == 0

@@ -207,6 +207,16 @@ def test_dead_sensors_are_dropped_and_counted_or_refused(tmp_path):
         strict.setup()
 
 
+def test_places_that_are_no_numbers_are_refused(tmp_path):
+    table = pd.DataFrame(np.arange(400.0).reshape(200, 2) + 1, columns=["a", "b"])
+    table.insert(0, "timestamp", hours(200))
+    table.to_csv(tmp_path / "wide.csv", index=False)
+    (tmp_path / "places.csv").write_text("sensor,latitude,longitude\na,1.0,2.0\nb,north,2.5\n")
+    paths = {"path": str(tmp_path / "wide.csv"), "locations": str(tmp_path / "places.csv")}
+    with pytest.raises(DataError, match=r"places.csv: latitude and longitude must be numbers"):
+        create_data("traffic_table", **paths).setup()
+
+
 def test_long_and_wide_tables_agree(tmp_path):
     table = pd.DataFrame(np.arange(20.0).reshape(10, 2), columns=["a", "b"])
     table.insert(0, "timestamp", hours(10))

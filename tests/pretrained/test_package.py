@@ -12,7 +12,7 @@ from tiny import TASKS, tiny_weights
 from tasks.engine.cli import CONF
 from zoo.errors import ConfigError, WeightsError
 from zoo.pretrained import load_model
-from zoo.pretrained.package import clean_command, package, weights_name, wilson
+from zoo.pretrained.package import clean_command, intervals, package, weights_name, wilson
 from zoo.pretrained.storage import decode, encode
 from zoo.pretrained.weights import read_card, update_card
 
@@ -170,7 +170,11 @@ def test_the_command_states_metrics_after_rounding_or_refuses(tmp_path, capsys, 
     card = read_card(tmp_path / "named" / "vit_softmax.digits.safetensors")
     assert card["metrics"] == after and card["metrics_before_rounding"] == {"accuracy": 0.9, "loss": 0.3}
     assert "accuracy: 0.9 before rounding, 0.88 after" in capsys.readouterr()[0]
+    assert card["interval"] == intervals(card)
+    kept = {p: p.read_bytes() for p in (tmp_path / "named").iterdir()}
     after["loss"] = math.nan
+    assert main(["package", str(folder), "--local", "--storage", "byte"]) == 2
+    assert {p: p.read_bytes() for p in (tmp_path / "named").iterdir()} == kept  # a failure replaces nothing
     assert main(["package", str(folder), "--local", "--storage", "byte", "--name", "other"]) == 2
     assert "ruins loss" in capsys.readouterr()[1]
     assert sorted(p.stem for p in (tmp_path / "named").iterdir()) == ["vit_softmax.digits"] * 2

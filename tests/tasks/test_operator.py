@@ -98,8 +98,24 @@ def test_learning(name, tmp_path, monkeypatch):
     assert 0 < data.compute_baselines()["ridge_regression"]["rel_l2"] < 1
 
 
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOO_DATA", str(tmp_path))
+    sizes = {"train": 6, "valid": 2, "test": 2, "duration": 0.01}
+    first = create_data("operator1d", **sizes)
+    first.setup()
+    (file,) = (tmp_path / "operator1d").iterdir()
+    whole = file.read_bytes()
+    for damage in (b"", b"not an array", whole[: len(whole) // 2]):
+        file.write_bytes(damage)
+        again = create_data("operator1d", **sizes)
+        again.setup()
+        assert again.data_hash() == first.data_hash() and file.read_bytes() == whole
+
+
 def test_bad_input():
-    with pytest.raises(DataError, match="must divide 256"):
+    with pytest.raises(DataError, match="data.nodes: 60 must divide 256"):
         create_data("operator1d", nodes=60)
+    with pytest.raises(DataError, match="data.refine: 96 must divide 256"):
+        create_data("operator1d", refine=[128, 96])
     with pytest.raises(ConfigError, match="positive numbers"):
         make()(torch.zeros(1, 4).double(), torch.zeros(4).double(), torch.zeros(4).double())

@@ -62,6 +62,14 @@ def test_the_original_is_left_alone_and_one_layer_can_be_swapped():
     assert report.layers == ["blocks.1.attn"] and converted.blocks[0].attn.name == "softmax"
 
 
+def test_dropout_and_missing_biases_stay():
+    model = zoo.create_model("vit_micro", attention="softmax", **SMALL, qkv_bias=False, dropout=0.1)
+    converted, report = convert(model, "mala")
+    attention = converted.blocks[0].attn
+    assert attention.qkv.bias is None and attention.proj_drop.p == model.blocks[0].attn.proj_drop.p == 0.1
+    assert not any(name.endswith("qkv.bias") for name in report.new)
+
+
 def test_what_cannot_be():
     with pytest.raises(ConfigError, match="layers 0 ... 1"):
         convert(small(), "mala", layers=[2])

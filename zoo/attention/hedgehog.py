@@ -56,6 +56,9 @@ class HedgehogAttention(LinearAttention):
         self.distill_weight = distill_weight
         self._distillation: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_distillation": None}  # part of a graph: neither copied nor pickled
+
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         self._distillation = None
         if self.distill_weight and self.training:

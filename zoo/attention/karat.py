@@ -5,8 +5,8 @@ page: MaitySubhajit/KArAt. A row of scores ``a = scale q K^T`` in R^N becomes ``
 functions, ``Phi[a]_p = sum_j phi_pj(a_j)``, ``phi_pj(t) = b(t) + sum_m alpha_pjm cos(m t) + beta_pjm sin(m t)``, W is N x r; ``rank=null`` is the
 regular form, N x N functions and no W. One operator per head (blockwise); `tie_operators` shares them across layers (universal).
 Computed as ``O = Phi[A] (W^T V)``, so the N x N map is never built.
-Differs from the paper in: coefficients start at N(0, 1) / (N sqrt(r G)), which keeps the output at the values' scale (the paper has N(0, 1)); no
-projection of rows onto the simplex; the extra 2 r N parameters behind its published counts are unconfirmed and absent.
+Differs from the paper in: coefficients start at N(0, 1) / (N sqrt(r G)), which keeps the output at the values' scale (the paper has N(0, 1)); the base is
+divided by N likewise; no projection of rows onto the simplex; the extra 2 r N parameters behind its published counts are unconfirmed and absent.
 Weights belong to token places: a fixed number of tokens, no mask (a hidden score has no neutral value) and no bias that could hide one.
 """
 

@@ -11,9 +11,10 @@ from zoo.errors import WeightsError
 
 def main(argv: list[str]) -> int:
     from zoo.cli.verify import reproduce
-    from zoo.pretrained.package import package
+    from zoo.files import write_whole
+    from zoo.pretrained.package import intervals, package
     from zoo.pretrained.storage import STORAGES
-    from zoo.pretrained.weights import local_folder, packaged_folder, update_card
+    from zoo.pretrained.weights import local_folder, packaged_folder, read_card, update_card
 
     parser = argparse.ArgumentParser(prog="python -m zoo package", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="finished run folder")
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--local", action="store_true", help="into your own folder instead of the package's")
     args = parser.parse_args(argv)
     folder = local_folder() if args.local else packaged_folder()
+    earlier = {p: p.read_bytes() for p in folder.glob("*") if p.suffix in (".safetensors", ".json")}
     path = package(
         args.run, folder, name=args.name, storage=args.storage, licence=args.licence, seeds=args.seeds
     )
@@ -38,10 +40,16 @@ def main(argv: list[str]) -> int:
             ]:
                 raise WeightsError(f"storage {args.storage} ruins {', '.join(lost)}; use a finer one")
         except BaseException:
-            path.unlink()
-            path.with_suffix(".json").unlink()
+            for file in (path, path.with_suffix(".json")):
+                if file in earlier:  # weights of the same name that were fine
+                    write_whole(file, lambda draft, file=file: draft.write_bytes(earlier[file]))
+                else:
+                    file.unlink()
             raise
-        update_card(path, metrics={k: now[k] for k in before if k in now}, metrics_before_rounding=before)
+        metrics = {k: now[k] for k in before if k in now}
+        update_card(path, metrics=metrics, metrics_before_rounding=before)
+        if not args.seeds:  # an interval over runs stays that of their own weights
+            update_card(path, interval=intervals(read_card(path)))
         for metric, value in before.items():
             print(f"{metric}: {value:.5g} before rounding, {now.get(metric, float('nan')):.5g} after")
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
