@@ -393,7 +393,9 @@ def test_affine_average_moves_in_training_alone():
     x = torch.randn(2, 5, 24).double()
     module(x)
     assert module.average.abs().max() == 0
-    module.train()(x).sum().backward()
+    module.train()(x, key_mask=torch.zeros(2, 5, dtype=torch.bool))
+    assert module.average.abs().max() == 0  # nothing to see
+    module(x).sum().backward()
     assert (module.average - 0.05).abs().max() < 1e-7  # 0.1 x the first alpha of a half
     assert "average" in module.state_dict()
 

@@ -71,13 +71,13 @@ class AffineAttention(Attention):
         alpha = self.alpha(x).sigmoid()
         if self.training:
             with torch.no_grad():
-                rows = alpha.flatten(0, 1) if keep is None else alpha[keep]
-                if rows.shape[0]:
-                    mean = rows.float().mean(0)
-                    if torch.distributed.is_available() and torch.distributed.is_initialized():
-                        torch.distributed.all_reduce(mean)
-                        mean = mean / torch.distributed.get_world_size()
-                    self.average.lerp_(mean.to(self.average.dtype), 1 - self.decay)
+                rows = (alpha.flatten(0, 1) if keep is None else alpha[keep]).float()
+                total = torch.cat((rows.sum(0), rows.new_full((1,), rows.shape[0])))
+                # Every process takes part, also one whose tokens are all hidden.
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(total)
+                mean = (total[:-1] / total[-1].clamp(min=1)).to(self.average.dtype)
+                self.average.lerp_(mean, (1 - self.decay) * (total[-1] > 0).to(mean.dtype))
         return alpha.transpose(1, 2)
 
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
