@@ -67,7 +67,18 @@ def collect(folders: list[Path]) -> tuple[list[dict[str, Any]], list[dict[str, A
 def _read(path: Path) -> dict[str, Any]:
     settings = path.parent / "config.yaml"
     config = OmegaConf.to_container(OmegaConf.load(settings)) if settings.exists() else {}
-    return json.loads(path.read_text()) | {"folder": str(path.parent), "config": config}
+    known = {"folder": str(path.parent), "config": config, "written": path.stat().st_mtime}
+    return json.loads(path.read_text()) | known
+
+
+def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run per row and seed: a repetition says nothing about the spread over seeds."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for run in results:
+        key = (*(run.get(k) for k in ROW), run.get("seed"))
+        if key not in found or run["written"] >= found[key]["written"]:
+            found[key] = run
+    return list(found.values())
 
 
 def tell_apart(runs: list[dict[str, Any]]) -> None:
@@ -131,6 +142,7 @@ def write_leaderboard(place: Path, folders: list[Path] | None = None) -> list[di
     """
     with _one_at_a_time(place):
         results, failures = collect(folders or [place])
+        results = newest(results)
         rows = summarise(results)
         comparisons = compare(rows, results, failures)
         write_atomic(place / "leaderboard.csv", lambda p: p.write_text(_csv(rows)))

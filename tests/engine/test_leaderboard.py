@@ -3,7 +3,7 @@
 import pytest
 
 from tasks.engine.comparison import compare
-from tasks.engine.leaderboard import mean_interval, summarise, tell_apart
+from tasks.engine.leaderboard import mean_interval, newest, summarise, tell_apart
 from tasks.engine.leaderboard_figure import pareto
 from tasks.engine.leaderboard_page import page
 from tasks.engine.leaderboard_text import markdown
@@ -93,6 +93,15 @@ def test_settings_beyond_the_seed_make_rows_of_their_own():
     ]
     tell_apart(searched)
     assert {r["attention"] for r in searched} == {"mala"}
+
+
+def test_a_repeated_seed_counts_once():
+    runs = [
+        result("mala", seed, value) | {"written": when}
+        for seed, value, when in ((0, 0.5, 2.0), (0, 0.9, 1.0), (1, 0.7, 1.0), (1, 0.6, 3.0))
+    ]
+    (row,) = summarise(newest(runs))
+    assert row["seeds"] == 2 and row["accuracy"] == pytest.approx(0.55)
 
 
 def test_pareto_front():
