@@ -90,14 +90,17 @@ class Recommendation(ZooTask):
         users = self.model(items, batch["times"])[asked]
         right = targets[asked] - 1
         table, bias = self.model.item_table()
-        if self.loss == "full":
-            value = full_softmax_loss(users, table, bias, right, self.label_smoothing)
-        elif self.loss == "sampled":
-            drawn = torch.multinomial(self.log_probability.exp(), self.negatives, replacement=True)
-            value = sampled_softmax_loss(users, table, bias, right, drawn, self.log_probability)
-        else:
-            drawn = torch.randint(len(table), right.shape, device=right.device)
-            value = binary_loss(users, table, bias, right, drawn)
+        # In half precision many items' logits would be the same.
+        with torch.autocast(users.device.type, enabled=False):
+            users = full_precision(users)
+            if self.loss == "full":
+                value = full_softmax_loss(users, table, bias, right, self.label_smoothing)
+            elif self.loss == "sampled":
+                drawn = torch.multinomial(self.log_probability.exp(), self.negatives, replacement=True)
+                value = sampled_softmax_loss(users, table, bias, right, drawn, self.log_probability)
+            else:
+                drawn = torch.randint(len(table), right.shape, device=right.device)
+                value = binary_loss(users, table, bias, right, drawn)
         return {self.loss: value}
 
     def _hide(self, items: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +114,7 @@ class Recommendation(ZooTask):
         hidden = torch.rand(full.shape, device=full.device) < self.mask_fraction
         only_last = torch.rand(len(full), 1, device=full.device) < self.mask_last
         hidden = torch.where(only_last, last, hidden) & real
+        hidden |= last & real & ~hidden.any(1, keepdim=True)  # every window asks for something
         return full.masked_fill(hidden, self.model.mask_token), full.masked_fill(~hidden, 0)
 
     # ---------------------------------------------------------------- evaluation

@@ -141,6 +141,8 @@ def test_hidden_items_are_asked_and_nothing_else(data) -> None:
     assert torch.equal(targets[hidden], full[hidden]) and torch.equal(items[~hidden], full[~hidden])
     alone = make(data, "bert4rec", mask_last=1.0)._hide(batch["items"], batch["targets"])[0]
     assert ((alone == task.model.mask_token).nonzero()[:, 1] == 7).all()
+    few = make(data, "bert4rec", mask_fraction=1e-9, mask_last=0.0)._hide(batch["items"], batch["targets"])[1]
+    assert ((few > 0).sum(1) == 1).all()  # none goes by without a question
 
 
 def test_prediction_continues_the_chain_and_reports_unknown_items(data) -> None:

@@ -193,7 +193,10 @@ class Detr(nn.Module):
             x = block(x, place, keys, memory, key_mask=key_mask, grid=grid)
             out.append(self.norm(x))
         y = torch.stack(out)
-        return {"logits": self.classify(y), "boxes": self.regress(y).sigmoid()}
+        raw = self.regress(y)
+        # Coordinates in half precision would be pixels off.
+        boxes = raw.to(torch.promote_types(raw.dtype, torch.float32)).sigmoid()
+        return {"logits": self.classify(y), "boxes": boxes}
 
     def _positions(self, grid: tuple[int, int], size: Tensor) -> Tensor:
         """Sine positions [B, rows * columns, C]; the unpadded image spans 0 .. 2 pi on both axes."""
