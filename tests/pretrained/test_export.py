@@ -41,6 +41,12 @@ def test_every_task_is_exported(task, tmp_path):
     assert left == {f"{task}.json", *(item.path.name for item in written)}
 
 
+def test_networks_of_their_own_keep_their_banks(tmp_path):
+    weights = tiny_weights("tabular_multitask", tmp_path, separate=True)
+    (written,) = export(weights, tmp_path / f"many{SUFFIXES['torch_export']}", format="torch_export")
+    assert written.difference < 1e-4 and not written.fixed
+
+
 def test_an_onnx_file_alone_gives_the_predictors_answer(tmp_path):
     """What a stranger does with the file and its card, without torch in between."""
     import onnxruntime

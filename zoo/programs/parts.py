@@ -200,10 +200,13 @@ def _table(model: nn.Module, p: dict[str, Any]) -> list[Part]:
     columns = Preprocessor.from_dict({k: v for k, v in p.items() if k not in ("kind", "features")})
     numbers, words = len(columns.schema.numerical), columns.cardinalities
 
-    if hasattr(model, "bank_rows"):
+    if any(hasattr(network, "bank_rows") for network in model.modules()):
         # How many training rows a prediction looks at is data to a trace; here they are given.
-        model, bank = copy.deepcopy(model), model._bank().detach()
-        model._bank = lambda: bank
+        model = copy.deepcopy(model)
+        for network in model.modules():
+            if hasattr(network, "bank_rows"):
+                given = network._bank().detach()
+                network._bank = lambda bank=given: bank
 
     def draw(batch: int, _: int) -> Inputs:
         codes = [torch.randint(count, (batch,)) for count in words]
