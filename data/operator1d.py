@@ -122,7 +122,7 @@ class Operator1dData(ZooData):
             name: (u0[a:b], u1[a:b])
             for name, a, b in zip(("train", "val", "test"), edges, edges[1:], strict=False)
         }
-        return {name: SplitDataset(len(u), self._batcher(name)) for name, (u, _) in self.split.items()}
+        return {name: SplitDataset(len(u0), _Batches(u0, u1)) for name, (u0, u1) in self.split.items()}
 
     def _generate(self) -> np.ndarray:
         draw, x = np.random.default_rng(self.split_seed), np.arange(NODES) / NODES
@@ -134,14 +134,6 @@ class Operator1dData(ZooData):
         )
         steps = int(np.ceil(self.duration / 2e-3))
         return np.stack((start, burgers_flow(start, self.nu, self.duration, steps)))
-
-    def _batcher(self, name: str) -> Any:
-        u0, u1 = self.split[name]
-
-        def batch(key: BatchKey) -> dict[str, Tensor]:
-            return {"u0": u0[key.indices], "u1": u1[key.indices]}
-
-        return batch
 
     def preprocessing(self) -> dict[str, Any]:
         """What the operator maps to what."""
@@ -180,3 +172,13 @@ class Operator1dData(ZooData):
             "heat_equation": {"rel_l2": score(heat, yt)},
             "ridge_regression": {"rel_l2": min(fits)[1]},
         }
+
+
+class _Batches:
+    """Pairs of one split by their numbers; a class, so that worker processes can be sent it."""
+
+    def __init__(self, u0: Tensor, u1: Tensor) -> None:
+        self.u0, self.u1 = u0, u1
+
+    def __call__(self, key: BatchKey) -> dict[str, Tensor]:
+        return {"u0": self.u0[key.indices], "u1": self.u1[key.indices]}

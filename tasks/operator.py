@@ -25,31 +25,9 @@ class OperatorTask(ZooTask):
     mode = "min"
     data_kind = "operator"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Any,
-        *,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        warmup_fraction: float = 0.1,
-        schedule: str = "cosine",
-        min_lr_fraction: float = 0.01,
-        auxiliary_weight: float = 0.01,
-    ) -> None:
+    def __init__(self, model: nn.Module, data: Any, **common: Any) -> None:
         self.__dict__["_resolutions"] = (data.nodes, *data.refine)
-        super().__init__(
-            model,
-            data,
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            warmup_fraction=warmup_fraction,
-            schedule=schedule,
-            min_lr_fraction=min_lr_fraction,
-            auxiliary_weight=auxiliary_weight,
-        )
+        super().__init__(model, data, **common)
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def apply_at(self, nodes: int, batch: Batch) -> tuple[Tensor, Tensor]:
