@@ -29,7 +29,7 @@ from tasks.physics.balance import Balance
 from tasks.physics.normal import NormalEquations
 from tasks.physics.objective import Objective
 from tasks.physics.points import CollocationPoints
-from tasks.physics.scores import Gathered, evaluate, scores
+from tasks.physics.scores import Gathered, coefficients, evaluate, scores
 from zoo.errors import ConfigError, ZooError, unknown
 from zoo.layers.derivatives import METHODS
 
@@ -297,6 +297,6 @@ class PinnTask(ZooTask):
                 **self.data.preprocessing(),
                 "derivatives": self.objective.method,
                 "exit_reason": self.exit_reason,
-                "unknowns": {k: float(v.detach()) for k, v in self.unknowns.items()},
+                "unknowns": coefficients(self.objective),
             }
         }

@@ -19,7 +19,7 @@ def list_problems() -> list[str]:
     return sorted(
         p.stem
         for p in Path(__file__).parent.glob("*.py")
-        if p.stem not in ("__init__", "base", "baselines", "solvers")
+        if p.stem not in ("__init__", "base", "baselines", "solvers", "weak")
     )
 
 

@@ -117,6 +117,10 @@ class Problem:
         columns = [combine(d, t) for t in self.reported.values()] or [d(f) for f in self.fields]
         return torch.stack(columns, 1)
 
+    def closed_form(self, fields: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Coefficients that follow from the reported fields [N, F] at points [N, d] without training; none by default."""
+        return {}
+
     def grid_metrics(self, found: Tensor, true: Tensor, points: Tensor) -> dict[str, float]:
         """Further figures of the whole test grid, named; found and true [M, F], points [M, d]."""
         return {}

@@ -15,6 +15,7 @@ import torch
 
 from data.errors import DataError
 from data.problems.base import DIVERGENCE, LAPLACIAN, Condition, Problem, navier_stokes, positive
+from data.problems.weak import shortest_waves, weak_coefficients
 
 _LAYOUT = "X_star [P, 2], t [T, 1], U_star [P, 2, T], p_star [P, T]"
 
@@ -98,6 +99,10 @@ class Cylinder(Problem):
         return torch.from_numpy(points), np.column_stack(
             (w["U_star"][i, 0, m], w["U_star"][i, 1, m], w["p_star"][i, m])
         )
+
+    def closed_form(self, fields):
+        waves = shortest_waves(self.measurements)
+        return weak_coefficients(lambda p: fields(p)[:, :2], self.lower, self.upper, self.periods, waves)
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         size = self.wake["p_star"].shape

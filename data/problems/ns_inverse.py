@@ -26,6 +26,7 @@ from data.problems.base import (
     tensor_grid,
 )
 from data.problems.solvers import periodic_flow
+from data.problems.weak import shortest_waves, weak_coefficients
 
 
 class NsInverse(Problem):
@@ -95,6 +96,10 @@ class NsInverse(Problem):
         if self._flow is None:
             self._flow = periodic_flow(self.viscosity, self.upper[2], snapshots=self.snapshots)
         return self._flow
+
+    def closed_form(self, fields):
+        waves = shortest_waves(self.measurements)
+        return weak_coefficients(lambda p: fields(p)[:, :2], self.lower, self.upper, self.periods, waves)
 
     def conditions(self, count: int, generator: np.random.Generator) -> list[Condition]:
         side, times, u, v, _ = self.flow

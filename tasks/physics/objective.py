@@ -98,15 +98,18 @@ class Objective:
         parts = points.split(self.chunk)
         return torch.cat([self.residuals(self.fields(p), p).square().sum(1) for p in parts])
 
+    def reported(self, points: Tensor) -> Tensor:
+        """The problem's reported fields at points [N, d], [N, F]."""
+        return self.problem.report(self.fields(points, self._keys(self.problem.report_derivatives)))
+
     def misfit(self, c: Condition) -> Tensor:
         """Network minus prescribed value at a condition's points, [N, F]."""
         points, values = c.points.to(self.device), c.values.to(self.device, self.dtype)
         if all(f in self.problem.fields for f in c.fields):
             d = self.fields(points, self._keys([c.by] if c.by else []))
             return torch.stack([d(f, c.by) for f in c.fields], 1) - values
-        d = self.fields(points, self._keys(self.problem.report_derivatives))
         columns = [self.problem.report_fields.index(f) for f in c.fields]
-        return self.problem.report(d)[:, columns] - values
+        return self.reported(points)[:, columns] - values
 
     # ---------------------------------------------------------------- terms
 

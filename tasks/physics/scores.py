@@ -50,6 +50,18 @@ def evaluate(objective: Objective, points: Tensor) -> dict[str, Tensor]:
     return {"points": points} | {n: torch.cat([t.detach().double() for t in c]) for n, c in columns.items()}
 
 
+def coefficients(objective: Objective) -> dict[str, float]:
+    """The unknown coefficients: in closed form from the fields where the problem has one, else as they were trained."""
+
+    def fields(points: Tensor) -> Tensor:
+        parts = points.to(objective.device).split(4 * objective.chunk)
+        return torch.cat([objective.reported(part).detach().double().cpu() for part in parts])
+
+    trained = {name: float(value.detach()) for name, value in objective.unknowns.items()}
+    with torch.inference_mode(False), torch.set_grad_enabled(objective.method == "reverse"):
+        return trained | objective.problem.closed_form(fields)
+
+
 def scores(objective: Objective, held_out: Sequence[Condition], kept: dict[str, Tensor]) -> dict[str, float]:
     """Metrics of one split.
 
@@ -66,9 +78,10 @@ def scores(objective: Objective, held_out: Sequence[Condition], kept: dict[str, 
             misfits[c.name] += float(objective.misfit(c).detach().square().sum(1).mean())
     values["loss"] = values["residual_rms"] ** 2 + sum(misfits.values())
     values |= {f"{t}_mse": m for t, m in misfits.items()}
+    estimates = coefficients(objective) if p.unknowns else {}
     for name, (_, true) in p.unknowns.items():
-        values[name] = float(objective.unknowns[name].detach())
-        values[f"{name}_error"] = abs(values[name] - true) / abs(true)
+        pair = {name: estimates[name], f"{name}_trained": float(objective.unknowns[name].detach())}
+        values |= pair | {f"{n}_error": abs(v - true) / abs(true) for n, v in pair.items()}
     if "true" in kept:
         found, true, points = kept["found"], kept["true"], kept["points"]
         values |= field_errors(found, true, tuple(p.report_fields), tuple(p.free_constant), p.times(points))

@@ -7,6 +7,7 @@ import torch
 
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
+from zoo.bench import peers_pinn
 from zoo.errors import ConfigError
 from zoo.layers.ansatz import ANSATZ
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, points_mix, seed_jet
@@ -173,12 +174,14 @@ def test_points_do_not_mix_in_any_variant(attention):
     assert not torch.equal(before[7], after[7])
 
 
-def test_pseudo_sequence_derivative_is_the_true_one():
-    """The published shortcut sums over outputs of k independent leaves; the field here is differentiated itself."""
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pseudo_sequence_derivative_is_the_true_one(axis):
+    """Also along the shifted axis; the published shortcut sums over outputs of k independent leaves."""
     model, points = network(tokens=4, step=0.2), box(5)
-    h, e = 1e-6, torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    h, e = 1e-6, torch.eye(2, dtype=torch.float64)[axis]
     true = (model(points + h * e) - model(points - h * e)) / (2 * h)
-    assert (derivatives(model, points, [(1, 0)])[(1, 0)] - true).abs().max() < 1e-8
+    index = (1 - axis, axis)
+    assert (derivatives(model, points, [index])[index] - true).abs().max() < 1e-8
 
 
 def test_causal_and_masked_softmax_rules():
@@ -263,23 +266,15 @@ def test_algebra_counts_and_names():
         derivatives(network("pinn_mlp"), box(2), WANTED, "tayler")
 
 
-@pytest.mark.slow
-def test_a_burgers_step_in_chunks_has_the_loss_of_nested_reverse_mode():
-    """2 blocks, width 32, 5 tokens, 2,000 points in float32: the same loss to 1e-6."""
-    options = {"dim": 32, "tokens": 5, "hidden": (64,), "head": (32,), "act": "wavelet"}
-    torch.manual_seed(0)
-    model, points = network(**options).float(), box(2000).float()
-
-    def step(method, chunk):
-        model.zero_grad()
-        total = 0.0
-        for part in points.split(chunk):
-            d = derivatives(model, part, [(1, 0), (0, 1), (2, 0)], method)
-            residual = d[(0, 1)] + d[(0, 0)] * d[(1, 0)] - 0.003 * d[(2, 0)]
-            loss = residual.square().sum() / len(points)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    losses = {method: step(method, chunk) for method, chunk in (("reverse", 2000), ("taylor", 500))}
-    assert losses["taylor"] == pytest.approx(losses["reverse"], rel=1e-6)
+def test_the_benchmarked_step_has_the_loss_and_gradient_of_nested_reverse_mode():
+    """The network, operator and 2,000 points of `zoo bench tasks pinn`, float32: the same loss to 1e-6."""
+    model = peers_pinn.network("softmax")
+    points = box(peers_pinn.POINTS).float()
+    found = {}
+    for method in ("taylor", "reverse"):
+        loss = peers_pinn.burgers_loss(model, points, method)
+        slopes = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found[method] = loss.item(), torch.cat([g.reshape(-1) for g in slopes if g is not None])
+    (loss, slope), (nested_loss, nested_slope) = found["taylor"], found["reverse"]
+    assert loss == pytest.approx(nested_loss, rel=1e-6)
+    assert (slope - nested_slope).norm() < 1e-5 * nested_slope.norm()

@@ -34,7 +34,7 @@ def total(task):
     return float(task._total(task.objective.backward(task.balance, task.points)))
 
 
-def fit(task, folder, steps, resume=None):
+def fit(task, folder, steps, resume=None, callbacks=()):
     task.data.steps_per_epoch = 4
     task.data._datasets = {}
     task.data.setup()
@@ -43,7 +43,8 @@ def fit(task, folder, steps, resume=None):
         max_steps=steps,
         logger=False,
         default_root_dir=folder,
-        enable_checkpointing=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -1,9 +1,13 @@
 """The physics-informed task: training, resuming, options, every attention variant."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tasks.physics.objective import Objective
 from tests.tasks.pinn_tasks import fit, make, total
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
@@ -90,9 +94,27 @@ def test_variants_that_are_not_smooth_are_announced(caplog):
     assert "not smooth" in caplog.text and name in caplog.text
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_way_out(tmp_path):
-    task = make()
-    with torch.no_grad():
-        task.model.head.bias.fill_(float("nan"))
-    with pytest.raises(ZooError, match="not finite at step 0.*smaller task.lr"):
-        fit(task, tmp_path, 3)
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_way_out_and_keeps_the_best_state(tmp_path):
+    task = make(first_steps=20)
+    good = task.objective.backward
+
+    def poisoned(*args):
+        terms = good(*args)
+        return terms if task.global_step < 6 else {k: v * float("nan") for k, v in terms.items()}
+
+    task.objective.backward = poisoned
+    keep = ModelCheckpoint(tmp_path, filename="best", monitor="valid/loss", save_last=True)
+    with pytest.raises(ZooError, match="not finite at step 6.*best.ckpt and last.ckpt.*smaller task.lr"):
+        fit(task, tmp_path, 12, callbacks=[keep])
+    for name in ("best", "last"):
+        kept = torch.load(tmp_path / f"{name}.ckpt", weights_only=False)
+        assert kept["global_step"] == 4 and all(
+            v.isfinite().all() for k, v in kept["state_dict"].items() if k.startswith("model.")
+        )
+
+
+def test_conditions_on_unknown_fields_are_refused():
+    task = make(problem="burgers1d", data={"hard_conditions": False})
+    conditions = [replace(c, fields=("w",)) for c in task.data.conditions()]
+    with pytest.raises(ConfigError, match="unknown field of condition 'initial' 'w'; choose from: u"):
+        Objective(task.model, task.unknowns, task.problem, conditions)

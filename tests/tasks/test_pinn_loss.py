@@ -7,6 +7,7 @@ import torch
 from data.problems import create_problem
 from data.problems.baselines import field_errors
 from tasks.physics.balance import SCHEMES, Balance
+from tasks.physics.scores import coefficients
 from tests.tasks.pinn_tasks import make, total
 from zoo.errors import ConfigError, DataError
 
@@ -89,6 +90,11 @@ def test_inverse_problem_trains_its_coefficients():
     )
     total(stream)
     assert stream.unknowns["l2"].grad is not None
+    # What is reported is the closed form of the fields, whatever the trained numbers are.
+    found = {name: coefficients(t.objective) for name, t in (("velocity", task), ("stream", stream))}
+    with torch.no_grad():
+        task.unknowns["l1"].fill_(7.0)
+    assert coefficients(task.objective) == found["velocity"] != found["stream"]
 
 
 def test_causal_needs_time():
