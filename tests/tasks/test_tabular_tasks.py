@@ -125,6 +125,8 @@ def test_weights_predict_files_as_the_test_said(finished, tmp_path):
         predictor.predict(test[["b", "c"]])
     with pytest.raises(DataError, match="more than once"):
         predictor.predict(test[["a", "b", "c", "c"]])
+    with pytest.raises(DataError, match="no rows"):
+        predictor.predict(test[:0])
 
 
 @pytest.mark.parametrize("target", ["price", "label", "grade"])

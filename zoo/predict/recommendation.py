@@ -43,7 +43,12 @@ class TaskPredictor(Predictor):
     def inputs(self, arguments: list[str]) -> Iterator[str]:
         for argument in arguments:
             if Path(argument).is_file():
-                lines = Path(argument).read_text(encoding="utf-8").splitlines()
+                try:
+                    lines = Path(argument).read_text(encoding="utf-8").splitlines()
+                except (OSError, UnicodeDecodeError) as error:
+                    raise DataError(
+                        f"cannot read {argument} as text with one history a line: {error}"
+                    ) from error
                 yield from (line for line in lines if line.strip())
             else:
                 yield argument

@@ -58,6 +58,8 @@ class TaskPredictor(Predictor):
             if raw.columns.duplicated().any():
                 name = raw.columns[raw.columns.duplicated()][0]
                 raise DataError(f"column name {name!r} occurs more than once; rename")
+            if not len(raw):
+                raise DataError("the table has no rows")
             return raw
         raise DataError(f"give a path, a DataFrame or one row as a mapping, not {type(raw).__name__}")
 

@@ -52,7 +52,7 @@ class TaskPredictor(Predictor):
         try:
             with path.open(newline="", encoding="utf-8-sig") as stream:
                 header, *rows = list(csv.reader(stream))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"cannot read {path}: {error}") from error
         except ValueError:
             raise DataError(f"{path} is empty; expected a header line and readings") from None
