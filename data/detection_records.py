@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
+from zoo.predict.images import UNREADABLE, flatten_modes
 
 
 @dataclass
@@ -70,7 +71,7 @@ def image_size_of(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as file:
             return file.height, file.width
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"cannot read image {path}: {error}") from None
 
 
@@ -82,7 +83,7 @@ def read_image(path: Path) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            pixels = np.array(flatten_modes(file).convert("RGB"))
+    except UNREADABLE as error:
         raise DataError(f"cannot read image {path}: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

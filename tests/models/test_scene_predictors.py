@@ -69,9 +69,28 @@ def test_windows_keep_the_resolution(picture):
         own.options({"windw": "32"})
 
 
+def test_sixteen_bits_and_transparency_are_read_as_in_training(tmp_path):
+    from data.detection_records import read_image
+    from zoo.predict._scenes import open_image
+
+    deep = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    clear = np.full((6, 8, 4), 10, dtype=np.uint8)
+    clear[..., 3] = 0
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    for name in ("deep", "clear"):
+        path = tmp_path / f"{name}.png"
+        shown = np.asarray(open_image(path))
+        assert np.array_equal(shown, read_image(path).permute(1, 2, 0).numpy())
+        wanted = deep[..., None] / 257 if name == "deep" else 255
+        assert np.abs(shown - wanted).max() <= 0.5, (
+            "greys keep their share of the range, what is clear is white"
+        )
+
+
 def test_unreadable_pictures_are_named(tmp_path):
     own = predictor("segmentation", "segmenter", ["a"] * 11, dim=32, stem_width=8)
-    with pytest.raises(DataError, match="no image at"):
+    with pytest.raises(DataError, match="no such image"):
         own.predict(tmp_path / "none.png")
     (tmp_path / "bad.png").write_text("x")
     with pytest.raises(DataError, match="cannot read"):

@@ -9,28 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import DataError
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 def open_image(raw: Any) -> Any:
-    """A path or PIL image as an RGB PIL image.
+    """A path or PIL image as an RGB PIL image; see `zoo.predict.images.open_image`."""
+    from zoo.predict import images
 
-    Raises:
-        DataError: No such file, or no picture.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not isinstance(raw, (str, Path)):
-        return raw.convert("RGB")
-    try:
-        with Image.open(raw) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"no image at {raw}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read image {raw}: {error}") from None
+    picture = images.open_image(raw) if isinstance(raw, (str, Path)) else images.flatten_modes(raw)
+    return picture.convert("RGB")
 
 
 def fit(image: Any, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 # What Pillow raises for damaged files, depending on the format.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -36,7 +36,7 @@ def open_image(path: str | Path) -> Image.Image:
             return flatten_modes(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"no such image: {path}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"cannot read {path} as an image: {error}") from None
 
 
@@ -45,7 +45,7 @@ def probe_image(path: str | Path) -> None:
     try:
         with Image.open(path):
             pass
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"cannot read {path} as an image: {error}") from None
 
 

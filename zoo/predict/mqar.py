@@ -19,7 +19,7 @@ class TaskPredictor(Predictor):
         words = raw.replace(",", " ").split() if isinstance(raw, str) else [str(item) for item in raw]
         vocabulary, length = self.preprocessing["vocabulary"], self.preprocessing["length"]
         for word in words:
-            if not word.isdigit() or int(word) >= vocabulary:
+            if not word.isdecimal() or int(word) >= vocabulary:
                 raise DataError(
                     f"token {word!r}: give whole numbers below {vocabulary}, such as 5,200,17,131,5"
                 )

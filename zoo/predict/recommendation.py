@@ -31,7 +31,7 @@ class TaskPredictor(Predictor):
             if name == "user-history":
                 inputs.append(value)
             elif name == "top-k":
-                if not value.isdigit() or not 1 <= int(value) <= len(self.items):
+                if not value.isdecimal() or not 1 <= int(value) <= len(self.items):
                     raise ConfigError(f"--top-k {value}: give a whole number from 1 to {len(self.items)}")
                 self.top_k = int(value)
             else:

@@ -30,7 +30,7 @@ class TaskPredictor(Predictor):
         if side == "train":
             self.window = tuple(self.preprocessing["size"])
         elif side is not None:
-            if not side.isdigit() or int(side) < 1:
+            if not side.isdecimal() or int(side) < 1:
                 raise ConfigError(f"--window {side}: give a number of pixels, or train")
             self.window = (int(side), int(side))
         for name in given:
