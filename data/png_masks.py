@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data import register_data
 from data.base import SPLITS
@@ -14,6 +14,7 @@ from data.detection_base import VOID
 from data.detection_files import FileScenes
 from data.detection_records import Record, image_size_of
 from data.errors import DataError
+from zoo.predict.images import UNREADABLE
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -137,13 +138,13 @@ def read_classes(path: Path, classes: int | None = None) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
-            if file.mode not in ("P", "L", "1", "I", "I;16"):
-                raise DataError(
-                    f"mask {path} is a {file.mode} picture; a mask has one channel, grey or palette, with class numbers"
-                )
-            values = np.array(file)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            mode, values = file.mode, np.array(file)
+    except UNREADABLE as error:
         raise DataError(f"cannot read mask {path}: {error}") from None
+    if mode not in ("P", "L", "1", "I", "I;16"):
+        raise DataError(
+            f"mask {path} is a {mode} picture; a mask has one channel, grey or palette, with class numbers"
+        )
     if values.max(initial=0) > 255:
         raise DataError(f"mask {path} holds value {int(values.max())}; values go up to 254, and 255 is void")
     values = values.astype(np.uint8)
