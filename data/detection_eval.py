@@ -56,16 +56,20 @@ def coco_scores(
     return scores
 
 
-def per_class_ap(truth: Mapping[str, Any], detections: np.ndarray) -> dict[str, float]:
-    """AP of every class that occurs in the truth, by name."""
+def per_class_ap(
+    truth: Mapping[str, Any], detections: np.ndarray, image_ids: Sequence[int] | None = None
+) -> dict[str, float]:
+    """AP of every class that occurs in the truth, by name; arguments as of `coco_scores`."""
     rows = np.asarray(detections, float).reshape(-1, 7)
+    ids = sorted({int(i) for i in ([i["id"] for i in truth["images"]] if image_ids is None else image_ids)})
     out = {}
     for category in truth["categories"]:
         annotations = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
         if annotations:
             one = {**truth, "annotations": annotations, "categories": [category]}
-            ids = sorted(i["id"] for i in truth["images"])
-            out[category["name"]] = _evaluate(one, rows[rows[:, 6] == category["id"]], ids)["ap"]
+            # Where crowds are all there is, no AP is defined.
+            scores = _evaluate(one, rows[rows[:, 6] == category["id"]], ids)
+            out[category["name"]] = scores.get("ap", float("nan"))
     return out
 
 

@@ -85,10 +85,16 @@ class CocoScores(Metric):
 
         if self.ground_truth is None:
             raise RuntimeError("CocoScores.ground_truth must be set before compute()")
-        images = self.images if isinstance(self.images, Tensor) else torch.cat([*self.images, torch.zeros(0)])
-        rows = self.detections
-        if not isinstance(rows, Tensor):
-            rows = torch.cat(rows) if rows else torch.zeros(0, 7)
-        ids = sorted({int(i) for i in images.tolist()})
-        scores = coco_scores(self.ground_truth(), rows.cpu().double().numpy(), ids)
+        ids = sorted({int(i) for i in self.index().tolist()})
+        scores = coco_scores(self.ground_truth(), self.rows().cpu().double().numpy(), ids)
         return {k: torch.tensor(v) for k, v in scores.items()}
+
+    def index(self) -> Tensor:
+        """Ids of the images seen."""
+        return self.images if isinstance(self.images, Tensor) else torch.cat([*self.images, torch.zeros(0)])
+
+    def rows(self) -> Tensor:
+        """Image id, corners, score and class of every detection, [n, 7]."""
+        if isinstance(self.detections, Tensor):
+            return self.detections
+        return torch.cat(self.detections) if self.detections else torch.zeros(0, 7)

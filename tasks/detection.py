@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -87,7 +88,7 @@ class Detection(ZooTask):
         self.many_repeat, self.many_weight = many_repeat, many_weight
         self.no_object, self.max_detections = no_object_weight, max_detections
         self._examples: list[dict[str, Any]] = []
-        self._test_rows: list[Tensor] = []
+        self._tested: tuple[np.ndarray, np.ndarray] | None = None  # detections, numbers of the images
         self._original: dict[tuple[str, int], tuple[int, int]] = {}
 
     @classmethod
@@ -133,8 +134,15 @@ class Detection(ZooTask):
         coco.ground_truth = partial(self._truth_of, name)
         coco.update(batch["index"], *zip(*found, strict=True))
         if split == "test":
-            self._test_rows += [r.cpu() for r in coco.detections[-len(found) :]]
             self._keep_examples(batch, out)
+
+    def compute_metrics(self, split: str) -> dict[str, float]:
+        values = super().compute_metrics(split)
+        if split == "test":
+            coco = self.metrics[split]["coco"]
+            with coco.sync_context():  # of all processes
+                self._tested = tuple(t.cpu().double().numpy() for t in (coco.rows(), coco.index()))
+        return values
 
     def _size(self, split: str, index: int) -> tuple[int, int]:
         key = (split, index)
@@ -179,15 +187,13 @@ class Detection(ZooTask):
         if self._examples and (maps := self._query_maps(self._examples[0])) is not None:
             written.append(folder / "query_attention.png")
             draw_query_maps(written[-1], self._examples[0]["image"], *maps, self.data)
-        if self._test_rows:
+        if self._tested is not None:
             written.append(folder / "classes.csv")
-            rows = torch.cat(self._test_rows).double().numpy()
+            scores = per_class_ap(self._truth_of("test"), *self._tested)
             with written[-1].open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["class", "ap"])
-                writer.writerows(
-                    [name, f"{ap:.4f}"] for name, ap in per_class_ap(self._truth_of("test"), rows).items()
-                )
+                writer.writerows([name, f"{ap:.4f}"] for name, ap in scores.items())
         return written
 
     @torch.no_grad()

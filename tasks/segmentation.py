@@ -115,12 +115,19 @@ class Segmentation(ZooTask):
         predicted = scores.argmax(1)
         metrics.update(predicted, batch["mask"])
         if split == "test":
-            self._counts = metrics["scores"].counts.clone()
             room = 8 - len(self._examples)
             for i in range(min(room, len(predicted))):
                 self._examples.append(
                     (batch["image"][i].cpu(), batch["mask"][i].cpu(), predicted[i].to(torch.int16).cpu())
                 )
+
+    def compute_metrics(self, split: str) -> dict[str, float]:
+        values = super().compute_metrics(split)
+        if split == "test":
+            scores = self.metrics[split]["scores"]
+            with scores.sync_context():  # of all processes
+                self._counts = scores.counts.clone()
+        return values
 
     def example_inputs(self) -> tuple[tuple, dict]:
         height, width = self.data.image_size

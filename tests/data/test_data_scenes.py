@@ -14,7 +14,7 @@ from scene_standins import small_scenes
 from data import create_data
 from data.base import DataError
 from data.detection_base import confusion_scores
-from data.detection_eval import coco_scores
+from data.detection_eval import coco_scores, per_class_ap
 from data.sampler import BatchKey
 from tasks.registry import get_data, options_of
 
@@ -83,6 +83,11 @@ def test_perfect_detections_score_one(data):
     scores = coco_scores(truth, wrong)
     assert scores["ap"] < 0.5 and scores["ap_agnostic"] == 1.0
     assert coco_scores(truth, np.zeros((0, 7)))["ap"] == 0.0
+    some = np.array([row for row in rows if row[0] < 3])
+    assert {v for v in per_class_ap(truth, some, [0, 1, 2]).values() if v == v} == {1.0}
+    assert min(per_class_ap(truth, some).values()) < 1.0, (
+        "objects of images that were not asked for are missed"
+    )
 
 
 def test_ap_equals_pycocotools(data):

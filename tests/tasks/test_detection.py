@@ -345,6 +345,8 @@ def test_figures_and_card(tmp_path):
     trainer.test(task, datamodule=data, verbose=False)
     names = {p.name for p in task.figures(tmp_path)}
     assert names == {"boxes.png", "query_attention.png", "classes.csv"}
+    detections, images = task._tested
+    assert sorted(images) == [0, 1, 2] and set(detections[:, 0]) <= set(images)
     assert all((tmp_path / n).stat().st_size for n in names)
 
 
