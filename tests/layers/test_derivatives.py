@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from zoo.attention.registry import get_attention, list_attention
+from zoo.attention import Grid
+from zoo.attention.registry import create_attention, get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
 from zoo.bench import peers_pinn
 from zoo.errors import ConfigError
@@ -128,6 +129,23 @@ def test_every_variant_with_second_derivatives(attention):
         # Richardson's step removes the error in h squared, which matters where the curvature is large.
         difference = (4 * second(h / 2) - second(h)) / 3
         assert (difference - expected).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.parametrize("attention", [n for n in list_attention(double_backward=True) if n not in usable()])
+def test_variants_that_need_a_grid(attention):
+    """Declared twice differentiable but without a place in a PINN: tokens of an image along a curve, to third order."""
+    module = create_attention(attention, 8, 2, pattern="self", grid=Grid((3, 3)), length=9, higher_order=True)
+    module, base, along = module.double().eval(), *torch.randn(2, 9, 8, dtype=torch.float64)
+
+    def curve(points):
+        return module(base + points[:, :, None] * along)[:, 4]
+
+    point, wanted, h = torch.tensor([[0.3]], dtype=torch.float64), [(2,), (3,)], 1e-3
+    expected, pushed = (derivatives(curve, point, wanted, method) for method in ("reverse", "jvp"))
+    for index in wanted:
+        torch.testing.assert_close(pushed[index], expected[index], rtol=1e-8, atol=1e-10)
+    difference = (curve(point + h) - 2 * curve(point) + curve(point - h)) / h**2
+    torch.testing.assert_close(difference, expected[(2,)], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
