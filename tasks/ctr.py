@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
 
 from data.rec_metrics import auc, grouped_auc, log_loss
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, full_precision
 from zoo.errors import ConfigError, unknown
 
 WEIGHTS = ("impressions", "clicks")
@@ -30,16 +32,14 @@ class ClickMetrics(Metric):
 
     def update(self, logit: Tensor, label: Tensor, user: Tensor) -> None:
         """One batch: [B] each."""
-        self.logit.append(logit.detach().float().cpu())
-        self.label.append(label.cpu())
-        self.user.append(user.cpu())
+        # On the device: its processes exchange nothing else.
+        self.logit.append(logit.detach().float())
+        self.label.append(label)
+        self.user.append(user)
 
     def compute(self) -> dict[str, float]:
         """`auc`, `gauc` and `log_loss`."""
-        logit, label, user = (
-            torch.cat(list(x)).numpy() if isinstance(x, list) else x.numpy()
-            for x in (self.logit, self.label, self.user)
-        )
+        logit, label, user = (dim_zero_cat(x).cpu().numpy() for x in (self.logit, self.label, self.user))
         return {
             "auc": auc(logit, label),
             "gauc": grouped_auc(logit, label, user, self.weights)[0],
@@ -165,13 +165,13 @@ class ClickThrough(ZooTask):
     # ---------------------------------------------------------------- evaluation
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
-        logit = self.model(*_inputs(batch))["logit"]
+        logit = full_precision(self.model(*_inputs(batch))["logit"])
         metrics["clicks"].update(logit, batch["label"], batch["user"])
         if split == "test":
             self._kept["logit"].append(logit.cpu())
             self._kept["label"].append(batch["label"].cpu())
         if "relevance" in batch:
-            scores = self.model.search_scores(*_inputs(batch))
+            scores = full_precision(self.model.search_scores(*_inputs(batch)))
             real = batch["items"] > 0
             recall, weight = recall_of_truth(scores, batch["relevance"], real, self.truth_k)
             if recall.numel():
@@ -202,7 +202,7 @@ class ClickThrough(ZooTask):
 
         folder.mkdir(parents=True, exist_ok=True)
         chance, label = torch.cat(self._kept["logit"]).sigmoid(), torch.cat(self._kept["label"])
-        edges = torch.quantile(chance, torch.linspace(0, 1, 16)).unique()
+        edges = torch.from_numpy(np.quantile(chance.numpy(), np.linspace(0, 1, 16))).to(chance).unique()
         group = torch.bucketize(chance, edges[1:-1]) if len(edges) > 2 else torch.zeros_like(chance).long()
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.subplots()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from data.operator1d import NODES
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, full_precision
 
 
 def relative_l2(found: Tensor, true: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class OperatorTask(ZooTask):
         every = NODES // nodes
         u0, u1 = batch["u0"][:, ::every], batch["u1"][:, ::every]
         x = torch.arange(nodes, device=u0.device, dtype=u0.dtype) / nodes
-        return self.model(u0, x), u1
+        return full_precision(self.model(u0, x)), u1
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         return {"rel_l2": relative_l2(*self.apply_at(self._resolutions[0], batch)).mean()}

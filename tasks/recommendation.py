@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
@@ -169,7 +170,7 @@ class Recommendation(ZooTask):
             (middle, torch.cat(self._lengths), "events in the history"),
             (right, popularity, "training events of the right item"),
         ):
-            edges = torch.quantile(value.float(), torch.linspace(0, 1, 6)).unique()
+            edges = torch.from_numpy(np.quantile(value.numpy(), np.linspace(0, 1, 6))).float().unique()
             group = (
                 torch.bucketize(value.float(), edges[1:-1])
                 if len(edges) > 2

@@ -97,6 +97,10 @@ def test_training_lowers_the_loss_and_figures_are_drawn(simulated, tmp_path: Pat
     assert values["auc"] == pytest.approx(auc(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
     assert {"gauc", "log_loss", "recall_of_truth", "recall_of_weight", "correlation_of_truth"} <= set(values)
     assert [p.name for p in task.figures(tmp_path)] == ["calibration.png", "search_scores.png"]
+    task.on_test_start()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        task.update_metrics(batch, task.metrics["test"], "test")
+    assert len(task.figures(tmp_path)) == 2, "numpy has no half precision of this kind"
 
 
 def test_recall_of_truth_equals_sets() -> None:

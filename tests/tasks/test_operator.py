@@ -96,6 +96,9 @@ def test_learning(name, tmp_path, monkeypatch):
     task.update_metrics(next(iter(data.test_dataloader())), task.metrics["test"], "test")
     assert set(task.compute_metrics("test")) == {"rel_l2", "rel_l2_64", "rel_l2_128", "rel_l2_256"}
     assert 0 < data.compute_baselines()["ridge_regression"]["rel_l2"] < 1
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        task.update_metrics(next(iter(data.test_dataloader())), task.metrics["test"], "test")
+    assert [p.name for p in task.figures(tmp_path)] == ["functions.png"]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
