@@ -91,7 +91,9 @@ class CocoScores(Metric):
 
     def index(self) -> Tensor:
         """Ids of the images seen."""
-        return self.images if isinstance(self.images, Tensor) else torch.cat([*self.images, torch.zeros(0)])
+        if isinstance(self.images, Tensor):
+            return self.images
+        return torch.cat(self.images) if self.images else torch.zeros(0)
 
     def rows(self) -> Tensor:
         """Image id, corners, score and class of every detection, [n, 7]."""
