@@ -6,6 +6,7 @@ B batch, H heads, N queries, M keys, L steps of the common axis.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,3 +112,20 @@ def power_chunk(length: int, chunk: int) -> int:
         return need
     half = max(1, chunk // 2)
     return half if -(-length // half) * half < -(-length // chunk) * chunk else chunk
+
+
+def slab_length(t: Tensor) -> int:
+    """Steps of [B, H, L, D] that a scan takes at a time: temporaries of longer pieces leave the cache, and the allocator asks for new pages for them."""
+    return max(2048, (1 << 20) // max(1, t.shape[0] * t.shape[1] * t.shape[3]))
+
+
+def in_slabs(
+    scan: Callable[..., tuple[Tensor | None, Any]], steps: list[Tensor | None], initial: Any, slab: int
+) -> tuple[Tensor | None, Any]:
+    """Outputs and last state of ``scan(*steps, initial)`` for tensors of steps along axis 2, ``slab`` steps after the other."""
+    count = -(-steps[0].shape[2] // slab)
+    outs = []
+    for parts in zip(*([None] * count if t is None else t.split(slab, 2) for t in steps), strict=True):
+        o, initial = scan(*parts, initial)
+        outs.append(o)
+    return (None if outs[0] is None else torch.cat(outs, 2)), initial

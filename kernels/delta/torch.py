@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.gates import detached_gates, gated_products
-from kernels._common.prefix import chunked, even_chunk, power_chunk
+from kernels._common.prefix import chunked, even_chunk, in_slabs, power_chunk, slab_length
 from kernels.delta.walk import walk
 
 CHUNK = 32
@@ -67,6 +67,10 @@ def scan(
     """
     length, inclusive = q.shape[2], read == "inclusive"
     vector = log_g is not None and log_g.dim() == 4
+    if vector and isinstance(q, Tensor) and parts is IN_TORCH and length > slab_length(k):
+        options = dict(read=read, chunk=chunk, outputs=outputs)
+        slab = lambda q, k, v, beta, log_g, start: scan(q, k, v, beta, log_g=log_g, initial=start, **options)
+        return in_slabs(slab, [q, k, v, beta, log_g], initial, slab_length(k))
     if vector:
         chunk = max(parts.least, power_chunk(length, 1 << (chunk - 1).bit_length()))  # halves must be whole
     else:

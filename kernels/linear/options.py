@@ -67,11 +67,11 @@ def product(impl: str, dtype):
     if impl != "triton":
         return torch_path.prefix_product
 
-    def product(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int) -> Tensor:
+    def product(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
         from kernels.decay import ops
 
         q, k, v = (t.to(dtype) for t in (q, k, v))
-        return ops.scan(q, k, v, None, initial, True, True)[0]
+        return ops.scan(q, k, v, None, initial, True, True)
 
     return product
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._common.prefix import in_slabs, slab_length
+
 CHUNK = 64
 
 
@@ -101,17 +103,20 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
     return x.unflatten(2, (-1, chunk))
 
 
-def prefix_product(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int) -> Tensor:
-    """``sum_{j <= i} (q_i.k_j) v_j + q_i initial`` for N = M, [B, H, N, E]."""
+def prefix_product(
+    q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor | None]:
+    """``sum_{j <= i} (q_i.k_j) v_j + q_i initial`` for N = M, [B, H, N, E], and the sum after the last key."""
     length = q.shape[2]
     if length == 0:
-        return v.new_zeros(v.shape)
+        return v.new_zeros(v.shape), initial
     qc, kc, vc = (_chunks(t, chunk) for t in (q, k, v))
     own = (qc @ kc.mT).tril() @ vc
-    sums = kc[:, :, :-1].mT @ vc[:, :, :-1]  # [B, H, chunks - 1, F, E]
+    sums = kc.mT @ vc  # [B, H, chunks, F, E]
     first = sums.new_zeros(*sums.shape[:2], 1, *sums.shape[3:]) if initial is None else initial[:, :, None]
     past = torch.cat((first, sums), 2).cumsum(2)
-    return (own + qc @ past).flatten(2, 3)[:, :, :length]
+    out = own + qc @ past[:, :, :-1]
+    return out.flatten(2, 3)[:, :, :length], past[:, :, -1]
 
 
 def prefix_sum(x: Tensor, initial: Tensor | None) -> Tensor:
@@ -196,11 +201,11 @@ def causal(
     eps: float = 1e-6,
     rotated: tuple[Tensor, Tensor] | None = None,
     chunk: int = CHUNK,
-    product: Callable[..., Tensor] | None = None,
+    product: Callable[..., tuple[Tensor, Tensor | None]] = prefix_product,
 ) -> Tensor:
     """Causal linear attention (``read="linear"``) or MALA (``read="mala"``), each query over its own prefix of the keys.
 
-    ``product`` takes the arguments of ``prefix_product``, which it replaces.
+    ``product`` has the arguments and results of ``prefix_product``, which it replaces.
     """
     wants_mala = read == "mala"
     phi_k, v = drop_keys(key_mask, phi_k, v)
@@ -217,18 +222,27 @@ def causal(
             _sum_states(head[0], head[1], head[2], head[3] if rotated is not None else None, wants_mala),
         )
     fq, fk, val, one = q_side[0], *k_side[:3]
-    rq, rk = (q_side[1], k_side[3]) if rotated is not None else (fq, fk)
-    product = product or prefix_product
-    num = product(rq, rk, val, None if initial is None else initial.kv, chunk)
-    if read == "linear" and normalize == "none":
-        return back(num)
-    ksum = prefix_sum(fk, None if initial is None else initial.ksum)
-    z = (fq * ksum).sum(-1, keepdim=True)
-    if not wants_mala:
-        return back(num / (z + eps))
-    n = prefix_sum(one, None if initial is None else initial.count[:, :, None].flatten(2)).clamp(min=1)
-    vbar = prefix_sum(val, None if initial is None else initial.vsum) / n
-    num, z = num * (scale / n), z * (scale / n)
-    if key_norm == "sum":
-        return back(num / (z + eps / n) + n * (num - z * vbar))
-    return back(num / (z + eps) + (num - z * vbar))
+    rq, rk = (q_side[1], k_side[3]) if rotated is not None else (None, None)
+
+    def slab(fq, fk, val, one, rq, rk, start: LinearState | None) -> tuple[Tensor, LinearState]:
+        """Reads of some steps, and the state after them."""
+        kv, ksum, vsum, count, _ = start or (None,) * 5
+        num, kv = product(fq if rq is None else rq, fk if rk is None else rk, val, kv, chunk)
+        if read == "linear" and normalize == "none":
+            return num, LinearState(kv, None, None, None)
+        ksum = prefix_sum(fk, ksum)
+        z = (fq * ksum).sum(-1, keepdim=True)
+        if not wants_mala:
+            return num / (z + eps), LinearState(kv, ksum[:, :, -1:].squeeze(2), None, None)
+        count, vsum = prefix_sum(one, count), prefix_sum(val, vsum)
+        state = LinearState(kv, *(t[:, :, -1:].squeeze(2) for t in (ksum, vsum, count)))
+        n = count.clamp(min=1)
+        vbar, num, z = vsum / n, num * (scale / n), z * (scale / n)
+        if key_norm == "sum":
+            return num / (z + eps / n) + n * (num - z * vbar), state
+        return num / (z + eps) + (num - z * vbar), state
+
+    steps = [fq, fk, val, one, rq, rk]
+    if product is not prefix_product or not isinstance(fq, Tensor) or fq.shape[2] <= slab_length(fk):
+        return back(slab(*steps, initial)[0])
+    return back(in_slabs(slab, steps, initial, slab_length(fk))[0])

@@ -9,8 +9,8 @@ E head size of values, Nc compressed blocks, Nb selection blocks, S chosen block
     O = softmax over the raw keys of the chosen blocks
 
 The overlap form of the score equals the double sum of the paper (eq. 9). Scores and choice carry no gradient. Implementations:
-``reference`` builds a dense mask; ``torch`` does so too while that is cheap and gathers the chosen blocks per query when the keys are
-many, in row blocks either way; ``triton`` has the attention forward and backward with the heads of a group as rows of the products, the scores from the
+``reference`` builds a dense mask; ``torch`` does so too while that is cheap and goes by blocks of keys when these are many (``streamed.py``; for
+higher order it gathers the chosen blocks of each query, in row blocks); ``triton`` has the attention forward and backward with the heads of a group as rows of the products, the scores from the
 log-sum-exp of compressed attention, and the choice.
 
 Source: Native Sparse Attention, arXiv 2502.11089.
@@ -124,16 +124,11 @@ def select_blocks(
         scores = scores.masked_fill(forced, pt.inf)
     if valid is not None:
         scores = scores.masked_fill(~valid, -pt.inf)
-    blocks = scores.shape[-1]
     if choose("select_blocks", impl, scores) == "triton":
         from kernels.selected import ops
 
         return ops.selected_top(scores, count)
-    # A stable sort, not topk: equal scores must choose the same blocks on every device.
-    ranked, index = scores.sort(dim=-1, descending=True, stable=True)
-    ranked, index = ranked[..., :count], index[..., :count]
-    index = index.masked_fill(ranked == -pt.inf, blocks).sort(-1).values
-    return index.masked_fill(index == blocks, -1)
+    return torch_path.top(scores, count)
 
 
 def attention(
@@ -197,13 +192,17 @@ def attention(
             drop = ~key_mask[:, None, :, None]
             k, v = k.masked_fill(drop, 0.0), v.masked_fill(drop, 0.0)
         given = (None, None) if positions is None else (pos_q, pos_k)
-        out, lse = ops.selected_fwd(q, k, v, index, key_mask, *given, block_size, causal, float(scale))
+        out, lse = ops.selected_fwd(
+            q, k, v, index, key_mask, *given, block_size, causal, float(scale), "triton"
+        )
         return (out, lse) if return_lse else out
-    explicit = higher_order or return_lse or q.dtype == pt.float64
-    run = reference.attention if impl == "reference" else torch_path.attention
-    out, lse = run(
-        q, k, v, index, block_size, key_mask=key_mask, pos_q=pos_q, pos_k=pos_k, scale=scale, explicit=explicit
-    )  # fmt: skip
+    options = dict(key_mask=key_mask, pos_q=pos_q, pos_k=pos_k, scale=scale)
+    if impl == "reference":
+        out, lse = reference.attention(q, k, v, index, block_size, **options)
+    else:
+        out, lse = torch_path.attention(
+            q, k, v, index, block_size, want_lse=return_lse, higher_order=higher_order, **options
+        )
     return (out, lse) if return_lse else out
 
 

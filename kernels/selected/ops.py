@@ -1,12 +1,23 @@
 """Registered operators ``zoo::selected_fwd``, ``zoo::selected_bwd``, ``zoo::selected_scores`` and ``zoo::selected_top``; torch only, Triton inside.
 
-Opaque to torch.compile. A backward under ``create_graph=True`` recomputes the attention through the dense mask. Scores and choice have no gradient.
+The first two also run in plain torch (``impl`` "torch": ``streamed.py``). Opaque to torch.compile. A backward under ``create_graph=True`` recomputes the attention through the dense mask. Scores and choice have no gradient.
 """
 
 import torch
 from torch import Tensor
 
+from kernels._common.checks import work_dtype
 from kernels.selected import reference
+
+
+def _path(impl: str):
+    if impl == "torch":
+        from kernels.selected import streamed
+
+        return streamed
+    from kernels.selected import launch
+
+    return launch
 
 
 @torch.library.custom_op("zoo::selected_fwd", mutates_args=())
@@ -21,16 +32,15 @@ def selected_fwd(
     block_size: int,
     causal: bool,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """O [B, H, N, E] in the dtype of q and lse [B, H, N] in float32."""
-    from kernels.selected import launch
-
-    return launch.fwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale)
+    """O [B, H, N, E] in the dtype of q and lse [B, H, N] in float32 (float64 for such inputs)."""
+    return _path(impl).fwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale)
 
 
 @selected_fwd.register_fake
 def _(q, k, v, *rest):
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=work_dtype(q.dtype))
 
 
 @torch.library.custom_op("zoo::selected_bwd", mutates_args=())
@@ -45,14 +55,14 @@ def selected_bwd(
     block_size: int,
     causal: bool,
     scale: float,
+    impl: str,
     lse: Tensor,
     do: Tensor,
     delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    from kernels.selected import launch
-
-    return launch.bwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale, lse, do, delta)
+    call = q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale
+    return _path(impl).bwd(*call, lse, do, delta)
 
 
 @selected_bwd.register_fake
@@ -96,11 +106,12 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, do, dlse):
     *call, out, lse = ctx.saved_tensors
     q, k, v, index, key_mask, pos_q, pos_k = call
-    rest = (None,) * 7
+    rest = (None,) * 8
+    work = lse.dtype
     # Rows without a key have no gradient, whatever arrives for their lse.
-    dlse = dlse.float().masked_fill(lse == -torch.inf, 0.0)
+    dlse = dlse.to(work).masked_fill(lse == -torch.inf, 0.0)
     if torch.is_grad_enabled():
-        block_size, causal, scale = ctx.options
+        block_size, causal, scale, _ = ctx.options
         if causal and pos_q is None:
             m, n = k.shape[2], q.shape[2]
             pos_k = torch.arange(m, device=q.device)[None]
@@ -109,7 +120,7 @@ def _backward(ctx, do, dlse):
         alias = [t.view_as(t) for t in (q, k, v)]
         wanted = [i for i, t in enumerate(alias) if t.requires_grad]
         exact, row = reference.attention(
-            *(t.float() for t in alias),
+            *(t.to(work) for t in alias),
             index,
             block_size,
             key_mask=key_mask,
@@ -124,7 +135,7 @@ def _backward(ctx, do, dlse):
         for i, g in zip(wanted, found, strict=True):
             grads[i] = g
         return *grads, *rest
-    delta = (do.float() * out.float()).sum(-1) - dlse
+    delta = (do.to(work) * out.to(work)).sum(-1) - dlse
     return *selected_bwd(*call, *ctx.options, lse, do, delta), *rest
 
 

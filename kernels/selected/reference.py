@@ -17,7 +17,6 @@ def attention(
     pos_q: Tensor | None,
     pos_k: Tensor | None,
     scale: float,
-    explicit: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``O_i = softmax_j(scale q_i.k_j) v_j`` over keys j with ``j // block_size`` among ``index_i``, and the log-sum-exp."""
     block = torch.arange(k.shape[2], device=k.device) // block_size

@@ -1,18 +1,25 @@
 """Scoring and selected-block attention in plain torch, in row blocks.
 
-Two ways to attend: a mask over all keys handed to the softmax paths (matrix products at full speed, work N M), or the chosen blocks
-gathered for each query (work N S block_size, bound by memory). The second pays once the keys outnumber the chosen ones many times.
+Three ways to attend: a mask over all keys handed to the softmax paths (work N M), the pairs of queries and chosen blocks sorted by block
+(``streamed.py``, work N S block_size), or, where derivatives of higher order or forward mode are wanted, the chosen blocks gathered for each query
+(the same work, bound by memory). The mask pays while the keys do not outnumber the chosen ones much.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels._common.choice import in_forward_mode
+from kernels.selected import ops
 from kernels.softmax.torch import _explicit, _sdpa
 
 BLOCK_ELEMENTS = 1 << 24
-# Gathering moves every chosen key once per query, about this many times the price of a masked product.
-GATHER_PRICE = 12
+# Scores at a time where they are only passed through: what stays in a core's cache.
+CACHE_ELEMENTS = 1 << 19
+# Price of a chosen key beside that of a key under a mask.
+STREAM_PRICE, GATHER_PRICE = 4, 12
 
 
 def block_scores(q: Tensor, k_cmp: Tensor, stencil: Tensor, visible: Tensor | None, scale: float) -> Tensor:
@@ -22,9 +29,10 @@ def block_scores(q: Tensor, k_cmp: Tensor, stencil: Tensor, visible: Tensor | No
     group = heads // max(key_heads, 1)
     if blocks == 0 or n == 0:
         return q.new_zeros(batch, key_heads, n, stencil.shape[1], dtype=torch.float32)
-    rows = max(1, min(n, BLOCK_ELEMENTS // max(1, batch * heads * blocks)))
+    rows = max(1, min(n, CACHE_ELEMENTS // max(1, batch * heads * blocks)))
     k_t = (scale * k_cmp.float()).mT.unsqueeze(2)  # [B, Hk, 1, D, Nc]
-    out = []
+    through = _stencil_product(stencil)
+    out = q.new_empty(batch, key_heads, n, stencil.shape[1], dtype=torch.float32)
     for start in range(0, n, rows):
         part = q[:, :, start : start + rows].float().unflatten(1, (key_heads, group))
         scores = part @ k_t  # [B, Hk, G, rows, Nc]
@@ -34,8 +42,45 @@ def block_scores(q: Tensor, k_cmp: Tensor, stencil: Tensor, visible: Tensor | No
         p = scores.softmax(-1)
         if visible is not None:
             p = p.nan_to_num(0.0)
-        out.append(p.sum(2) @ stencil)
-    return out[0] if len(out) == 1 else torch.cat(out, 2)
+        out[:, :, start : start + rows] = through(p.squeeze(2) if group == 1 else p.sum(2))
+    return out
+
+
+def _stencil_product(stencil: Tensor) -> Callable[[Tensor], Tensor]:
+    """``p -> p @ stencil``; a selection block overlaps few of many compressed ones."""
+    if not torch.compiler.is_compiling() and stencil.numel():
+        if torch.equal(stencil, torch.eye(*stencil.shape, device=stencil.device)):
+            return lambda p: p
+        overlaps = int((stencil != 0).sum(0).max())
+        if 16 * overlaps < stencil.shape[0]:
+            weight, at = stencil.topk(overlaps, dim=0)
+            return lambda p: sum(p.index_select(-1, i) * w for w, i in zip(weight, at, strict=True))
+    return lambda p: p @ stencil
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` best entries of each row, lowest first among equals, ascending; -1 for missing ones, -inf is never taken."""
+    blocks = scores.shape[-1]
+    count = min(count, blocks)
+    flat = scores.reshape(-1, blocks)
+    out = [_top_rows(part, count) for part in flat.split(max(1, CACHE_ELEMENTS // max(1, blocks)))]
+    return torch.cat(out).reshape(*scores.shape[:-1], count)
+
+
+def _top_rows(scores: Tensor, count: int) -> Tensor:
+    blocks = scores.shape[-1]
+    best = None
+    if scores.numel() and not torch.compiler.is_compiling():
+        best, index = scores.topk(min(count + 1, blocks))
+        # Which of several equal scores topk takes is not defined.
+        last, next_one = best[:, count - 1], best[:, -1]
+        if count < blocks and ((last == next_one) & (last > -torch.inf)).any():
+            best = None
+    if best is None:
+        best, index = scores.sort(dim=-1, descending=True, stable=True)
+    best, index = best[:, :count], index[:, :count]
+    index = index.masked_fill(best == -torch.inf, blocks).sort(-1).values
+    return index.masked_fill(index == blocks, -1)
 
 
 def attention(
@@ -49,7 +94,8 @@ def attention(
     pos_q: Tensor | None,
     pos_k: Tensor | None,
     scale: float,
-    explicit: bool,
+    want_lse: bool,
+    higher_order: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns O [B, H, N, E] and the log-sum-exp [B, H, N], or None on the SDPA path."""
     batch, heads, n, _ = q.shape
@@ -62,6 +108,13 @@ def attention(
     if 0 in (batch, heads, n, m) or index.shape[-1] == 0:
         empty = 0 * q.sum() + 0 * k.sum() + 0 * v.sum()
         return q.new_zeros(batch, heads, n, v.shape[-1]) + empty, q.new_full((batch, heads, n), -torch.inf)
+    recorded = higher_order or in_forward_mode() or torch.compiler.is_exporting()
+    if not recorded and chosen * STREAM_PRICE < m:
+        places = (pos_q, pos_k) if pos_q is not None else (None, None)
+        return ops.selected_fwd(
+            q, k, v, index, key_mask, *places, block_size, pos_q is not None, scale, "torch"
+        )
+    explicit = higher_order or want_lse or q.dtype == torch.float64
     gather = chosen * GATHER_PRICE < m
     per_row = (
         heads * chosen * (k.shape[-1] + v.shape[-1]) if gather else (heads if explicit else key_heads) * m

@@ -20,7 +20,7 @@ BLOCK_ELEMENTS = 1 << 24
 # Where `_tiny` was measured to be faster than SDPA, forward and backward together (1.2 to 2 times).
 TINY_KEYS, TINY_QUERIES, TINY_SEQUENCES = 24, 64, 256
 # Windows over longer sequences run as one batch of blocks of at least so many queries.
-WINDOW_TOKENS, WINDOW_ROWS = 256, 64
+WINDOW_TOKENS, WINDOW_ROWS, WINDOW_SLAB = 256, 64, 2048
 
 
 class Mod(NamedTuple):
@@ -152,24 +152,43 @@ def _with_factors(
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, scale: float) -> Tensor:
-    """Self-attention within ``i - left ... i + right``: blocks of queries, each with a view of the keys in reach, as one batch."""
+    """Self-attention within ``i - left ... i + right``: blocks of queries, each with a view of the keys in reach, as one batch.
+
+    Long sequences go in slabs, whose temporaries stay in reach of the cache and of the allocator's reuse.
+    """
     batch, heads, n, _ = q.shape
     rows = max(WINDOW_ROWS, (left + right) // 2)
-    blocks = -(-n // rows)
-    span = rows + left + right
-    group = heads // k.shape[1]
+    span, group = rows + left + right, heads // k.shape[1]
+    per = min(-(-n // rows), max(WINDOW_SLAB, left, right) // rows + 1)
+    slab = per * rows
     k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
-    q = F.pad(q, (0, 0, 0, blocks * rows - n)).reshape(batch * heads, blocks, rows, -1)
-    k, v = (
-        F.pad(t, (0, 0, left, blocks * rows - n + right)).flatten(0, 1).unfold(1, span, rows).mT
-        for t in (k, v)
+    q, k, v = (F.pad(t, (0, 0, 0, -n % slab)).flatten(0, 1).split(slab, 1) for t in (q, k, v))
+    row, key = torch.arange(rows, device=q[0].device)[:, None], torch.arange(span, device=q[0].device)
+    near = (key >= row) & (key <= row + left + right)
+    outs = []
+    for i, q_i in enumerate(q):
+        seen = near
+        if i == 0 or (i + 1) * slab + right > n:
+            token = i * slab + torch.arange(per, device=key.device)[:, None, None] * rows + key - left
+            own = key == row + left  # kept even past the end, so that no row is empty
+            seen = (near & ((token >= 0) & (token < n) | own))[None]
+        k_i, v_i = (_with_halo(t, i, left, right).unfold(1, span, rows).mT for t in (k, v))
+        q_i = q_i.unflatten(1, (per, rows))
+        outs.append(F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=seen, scale=scale).flatten(1, 2))
+    return torch.cat(outs, 1)[:, :n].unflatten(0, (batch, heads))
+
+
+def _with_halo(pieces: tuple[Tensor, ...], i: int, left: int, right: int) -> Tensor:
+    """Piece i with the last ``left`` tokens before it and the first ``right`` after it, zeros where there are none."""
+    piece = pieces[i]
+    before = (
+        pieces[i - 1][:, piece.shape[1] - left :]
+        if i
+        else piece.new_zeros(piece.shape[0], left, piece.shape[2])
     )
-    row, key = torch.arange(rows, device=q.device)[:, None], torch.arange(span, device=q.device)
-    token = torch.arange(blocks, device=q.device)[:, None, None] * rows + key - left
-    own = key == row + left  # kept even past the end, so that no row is empty
-    seen = (key >= row) & (key <= row + left + right) & ((token >= 0) & (token < n) | own)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None], scale=scale)
-    return out.reshape(batch, heads, blocks * rows, -1)[:, :, :n]
+    last = i + 1 == len(pieces)
+    after = piece.new_zeros(piece.shape[0], right, piece.shape[2]) if last else pieces[i + 1][:, :right]
+    return torch.cat((before, piece, after), 1)
 
 
 def _tiny(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:

@@ -140,7 +140,9 @@ def test_registration_one_graph_and_second_derivative(op):
         call = lambda q, k, v, **o: selected.attention(
             q, k, v, index, block_size=2, causal=True, key_mask=mask, **o
         )
-        torch.library.opcheck(selected_ops.selected_fwd, (q, k, v, index, mask, None, None, 2, True, 0.3))
+        torch.library.opcheck(
+            selected_ops.selected_fwd, (q, k, v, index, mask, None, None, 2, True, 0.3, "triton")
+        )
         torch.library.opcheck(selected_ops.selected_top, (torch.rand(2, 5), 3))
     have = torch.compile(lambda *t: call(*t, impl="triton"), fullgraph=True, backend="aot_eager")(q, k, v)
     torch.testing.assert_close(have, call(q, k, v, impl="torch"), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import block_sparse, decay, delta, linear, prefix, selected, softmax
+from kernels.delta import torch as delta_in_torch
+from kernels.linear import torch as linear_in_torch
+from kernels.softmax import torch as softmax_in_torch
 
 D64 = torch.float64
 Call = Callable[..., Tensor]
@@ -133,3 +136,21 @@ def test_any_length_mask_and_size(name, n, keep, size, seed):
     for want, have in zip(*found, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-8)
     assert (found[1][3].transpose(1, 2)[~mask] == 0).all() and (found[1][0][~mask.any(1)] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["linear causal", "mala causal", "kda", "softmax window"])
+def test_slabs_of_long_sequences_change_nothing(name, monkeypatch):
+    """A last slab that is not full, masked keys, and gradients through the states handed on."""
+    long = softmax_in_torch.WINDOW_TOKENS + 44 if name == "softmax window" else 45
+    leaves = [t.requires_grad_() for t in make(long)]
+    options = {} if name == "softmax window" else {"key_mask": torch.rand(2, long) > 0.3}
+    found = []
+    for small in (False, True):
+        if small:
+            monkeypatch.setattr(softmax_in_torch, "WINDOW_SLAB", 64)
+            monkeypatch.setattr(linear_in_torch, "slab_length", lambda t: 20)
+            monkeypatch.setattr(delta_in_torch, "slab_length", lambda t: 20)
+        out = CALLS[name](*(t.float() for t in leaves), **options)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for whole, slabs in zip(*found, strict=True):
+        torch.testing.assert_close(slabs, whole, rtol=1e-4, atol=1e-5)

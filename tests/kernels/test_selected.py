@@ -11,6 +11,7 @@ import torch
 
 from kernels import selected
 from kernels import softmax as dense
+from kernels.selected import ops, streamed
 from kernels.selected import torch as torch_path
 
 D64 = torch.float64
@@ -73,13 +74,16 @@ def test_selection_is_deterministic_and_honours_forced_and_valid():
     assert selected.select_blocks(scores, 9).shape[-1] == 6
 
 
-@pytest.mark.parametrize("way", ["masked", "gathered"])
+@pytest.mark.parametrize("way", ["masked", "gathered", "streamed"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["first-order", "higher-order"])
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("limit", [1 << 24, 900], ids=["whole", "rows"])
 def test_torch_equals_reference_in_value_and_gradient(way, explicit, causal, limit, monkeypatch):
+    monkeypatch.setattr(torch_path, "STREAM_PRICE", 0 if way == "streamed" else 1 << 20)
     monkeypatch.setattr(torch_path, "GATHER_PRICE", 0 if way == "gathered" else 1 << 20)
     monkeypatch.setattr(torch_path, "BLOCK_ELEMENTS", limit)
+    monkeypatch.setattr(streamed, "PAIRS", 4)
+    monkeypatch.setattr(streamed, "ROWS", limit // 100)
     q, k, v = make()
     index = choice(2, 2, 9, 10, 3)
     index[0, 0, 3] = -1
@@ -112,12 +116,17 @@ def test_all_blocks_chosen_equals_softmax():
     assert (have - want).abs().max() < 1e-12 and (lse - want_lse).abs().max() < 1e-12
 
 
-def test_second_derivative():
+@pytest.mark.parametrize("price", [0, 1 << 20], ids=["streamed", "explicit"])
+def test_second_derivative(price, monkeypatch):
+    monkeypatch.setattr(torch_path, "STREAM_PRICE", price)
     q, k, v = make(b=1, h=2, hk=1, n=3, m=7, d=2, e=2)
     index = choice(1, 1, 3, 4, 2)
-    call = lambda *t: selected.attention(*t, index, block_size=2, higher_order=True)
+    call = lambda *t: selected.attention(*t, index, block_size=2, higher_order=price > 0, return_lse=True)
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    assert torch.autograd.gradgradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+    places = torch.arange(3)[None], torch.arange(7)[None]
+    single = [t.detach().float().requires_grad_() for t in leaves]
+    torch.library.opcheck(ops.selected_fwd, (*single, index, None, *places, 2, True, 0.7, "torch"))
 
 
 def test_refusals_name_the_rule(monkeypatch):

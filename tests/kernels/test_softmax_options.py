@@ -264,7 +264,7 @@ def test_offsets_beyond_int32_are_shapes_only():
         out, lse = sparse_ops.block_sparse_fwd(q, q, q, None, rule, 1.0)
         assert out.shape == q.shape and out.stride()[0] == h * n * d
         index = torch.empty(b, h, n, 2, dtype=torch.long)
-        out, lse = selected_ops.selected_fwd(q, q, q, index, None, None, None, 64, True, 1.0)
+        out, lse = selected_ops.selected_fwd(q, q, q, index, None, None, None, 64, True, 1.0, "triton")
         assert out.shape == q.shape and lse.shape == (b, h, n)
 
 
