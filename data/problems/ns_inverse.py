@@ -5,6 +5,7 @@
 
 The flow starts from modes of different wavenumber. On Taylor-Green or any single-|k| flow l1 cannot be found: there the
 convective term is a gradient, which the free pressure absorbs. Reference: pseudo-spectral (`solvers.periodic_flow`).
+The coefficients reported are those of the field's weak form (`weak.py`); those trained in the residual are given beside them.
 `formulation: stream` gives out a stream function s, u = s_y, v = -s_x: divergence-free, but of third order.
 """
 
