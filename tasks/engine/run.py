@@ -71,11 +71,23 @@ def run(cfg: DictConfig, folder: Path, search: dict[str, Any] | None = None) -> 
         make_whole(task)
         # Every process draws: figures may gather metrics from all of them.
         with tempfile.TemporaryDirectory() as elsewhere:
-            figures = task.figures(folder / "figures" if trainer.is_global_zero else Path(elsewhere))
+            figures = draw(task, folder / "figures" if trainer.is_global_zero else Path(elsewhere))
         tensors = whole_state(task.model)
         if not trainer.is_global_zero:
             return {}
         return finish(fitted, folder, figures, tensors, search)
+
+
+def draw(task: ZooTask, folder: Path) -> list[Path]:
+    """The task's figures. One that cannot be drawn is said, and costs the run nothing else."""
+    try:
+        return task.figures(folder)
+    except Exception as error:
+        warnings.warn(
+            f"the figures could not be drawn ({type(error).__name__}: {error}); the rest of the run is whole",
+            stacklevel=2,
+        )
+        return []
 
 
 def train(cfg: DictConfig, folder: Path) -> Fitted:
