@@ -27,17 +27,19 @@ def table(
     """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
 
     The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles, wide float32 rows in pieces besides. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all. AMD runs out of scalar registers
-    first. ``arch`` is the compute capability times ten on NVIDIA.
+    smaller tiles, wide float32 rows in pieces besides. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all.
+    AMD runs out of scalar registers first. ``arch`` is the compute capability times ten on NVIDIA.
     """
-    wide = max(pow2(d), pow2(e)) > 64
-    if dot == "float32":
-        if kernel != "fwd" and wide and backend == "cuda":
+    width = max(pow2(d), pow2(e))
+    wide = width > 64
+    if dot == "float32" and backend == "cuda" and kernel != "fwd":
+        if wide or (kernel == "bwd_dbias" and width > 32):
             return Tiles(16, 16, 8, 1, piece=32)
-        if kernel in ("bwd_dkdv", "bwd_dq") and backend == "cuda" and 32 < max(pow2(d), pow2(e)) <= 64:
-            return Tiles(16, 16 if kernel == "bwd_dkdv" and scores == "factors" else 32, 4, 1)
+        few = width <= 32 or (kernel == "bwd_dkdv" and scores == "factors")
+        return Tiles(16, 16 if few else 32, 4, 1)
+    if dot == "float32":
         side = 16 if wide or backend == "hip" else 32
-        return Tiles(side, side, 8 if wide or kernel == "bwd_dbias" else 4, 1)
+        return Tiles(side, side, 8 if wide else 4, 1)
     if backend == "hip":
         return Tiles(32, 16, 4, 1)
     if scores == "factors" and wide:
