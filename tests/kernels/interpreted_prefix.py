@@ -1,4 +1,4 @@
-"""Checks of the prefix operations' Triton kernel under the interpreter; run by test_triton_prefix.py in a process of its own."""
+"""Checks of the prefix operations' Triton kernel under the interpreter; run by test_triton.py in a process of its own."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 
 from kernels.prefix import diag_scan, ops, prefix_softmax
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_prefix.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton.py"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def compare(call, leaves, dtype=torch.float32, again=False):
         assert (have - expected).abs().max() <= 2 * (other - expected).abs().max() + band
 
 
-@pytest.mark.parametrize("m", [1, 7, 65])
+@pytest.mark.parametrize("m", [1, 7, 33])
 @pytest.mark.parametrize("read", ["inclusive", "exclusive"])
 def test_prefix_softmax(m, read):
     mask = torch.rand(2, m, generator=torch.Generator().manual_seed(1)) > 0.35

@@ -1,4 +1,4 @@
-"""Checks of the softmax kernels under the interpreter; run by test_triton_softmax.py as ``pytest tests/kernels/interpreted_softmax.py``.
+"""Checks of the softmax kernels under the interpreter; run by test_triton.py as ``pytest tests/kernels/interpreted_softmax.py``.
 
 Not collected on its own (the name does not start with test_): it needs TRITON_INTERPRET=1 before triton is imported.
 """
@@ -11,20 +11,21 @@ import torch
 from kernels import softmax
 from kernels.softmax import attention, launch, ops, tiles
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_softmax.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton.py"
 
 # name: (queries, keys, D, E, heads, key heads, options); bias and post are shapes, factors the batch sizes and the rank, mod a class, the shapes of its tables and its options.
 CASES = {
     "plain": (7, 65, 8, 20, 2, 2, {}),
-    "grouped-mask": (33, 40, 20, 8, 4, 2, {"mask": True}),
+    "grouped-mask": (33, 20, 20, 8, 4, 2, {"mask": True}),
     "causal": (65, 65, 16, 16, 2, 1, {"causal": True}),
     "causal-short": (70, 9, 16, 16, 1, 1, {"causal": True, "mask": True}),
     "window": (40, 66, 16, 8, 1, 1, {"window": (5, 2)}),
     "window-left": (40, 66, 16, 8, 1, 1, {"window": (3, None), "causal": True}),
     "positions": (9, 35, 8, 8, 2, 2, {"causal": True, "positions": True}),
     "bias": (33, 35, 16, 8, 2, 2, {"bias": (2, 2, 33, 35), "mask": True}),
-    "bias-shared": (33, 35, 16, 8, 2, 1, {"bias": (1, 2, 33, 35), "causal": True}),
+    "bias-shared": (9, 35, 16, 8, 2, 1, {"bias": (1, 2, 9, 35), "causal": True}),
     "bias-keys": (33, 35, 16, 8, 2, 2, {"bias": (2, 1, 1, 35), "mask": True}),
+    "bias-wide": (5, 35, 20, 24, 1, 1, {"bias": (1, 1, 5, 35), "mask": True}),
     "bias-heads": (5, 35, 16, 8, 2, 2, {"bias": (1, 2, 1, 1)}),
     "bias-rows": (5, 35, 16, 8, 2, 2, {"bias": (1, 1, 5, 1)}),
     "one": (1, 130, 64, 64, 1, 1, {"bias": (1, 1, 1, 130)}),
@@ -32,7 +33,7 @@ CASES = {
     "cap-factors": (33, 20, 8, 8, 2, 1, {"softcap": 1.5, "factors": (1, 2, 3), "mask": True}),
     "factors-bias": (9, 20, 8, 8, 2, 2, {"factors": (2, 1, 17), "bias": (1, 2, 9, 20), "causal": True}),
     "post": (20, 33, 8, 8, 2, 2, {"post": (1, 2, 20, 33), "causal": True}),
-    "skip": (40, 70, 16, 8, 4, 2, {"skip_threshold": 20.0, "skip_tile": (32, 16), "mask": True}),
+    "skip": (40, 70, 16, 8, 2, 1, {"skip_threshold": 20.0, "skip_tile": (32, 16), "mask": True}),
     "skip-causal": (
         70,
         50,
@@ -164,18 +165,25 @@ def test_values_and_gradients_fp32(case):
     compare(case, torch.float32)
 
 
+@pytest.mark.parametrize("case", ["grouped-mask", "bias-wide"])
+def test_wide_rows_in_pieces(case, monkeypatch):
+    """A last piece that is not full."""
+    monkeypatch.setattr(tiles, "table", lambda *a: tiles.Tiles(32, 16, 4, 1, piece=16))
+    compare(case, torch.float32)
+
+
 def test_skipping_drops_what_the_rule_drops_and_nothing_at_zero(monkeypatch):
     monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 1)  # skipping never splits the keys
     leaves, options, _, _ = inputs("skip")
     q, k, v = (leaves[name].float() for name in "qkv")
     rule = softmax.reference.Skip(options["skip_threshold"], *options["skip_tile"])
-    seen = options["key_mask"][:, None, None].expand(2, 4, 40, 70)
+    seen = options["key_mask"][:, None, None].expand(2, 2, 40, 70)
     scores = (q @ k.repeat_interleave(2, 1).mT) * 0.25
     dropped = softmax.reference.skipped(scores, seen, rule)[:, :, ::32, ::16]
     call = (*(None,) * 6, options["key_mask"], None, None)
     limit = softmax.skipping.log_limit(rule, k, options["key_mask"], None, None, (None, None)).expand(2, 40)
     kept = ops.softmax_fwd(q, k, v, *call, limit, -1, -1, False, 0.25, 0.0, [], list(options["skip_tile"]))[2]
-    assert torch.equal(kept.bool().unflatten(0, (2, 4)), ~dropped)
+    assert torch.equal(kept.bool().unflatten(0, (2, 2)), ~dropped)
     assert dropped[0].any() and not dropped[0].all()
     plain = attention(q, k, v, impl="triton", return_lse=True)
     for a, b in zip(
@@ -186,7 +194,7 @@ def test_skipping_drops_what_the_rule_drops_and_nothing_at_zero(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", ["grouped-mask", "bias-keys"])
+@pytest.mark.parametrize("case", ["bias-wide", "bias-keys"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_values_and_gradients_half(case, dtype):
     compare(case, dtype)

@@ -1,4 +1,4 @@
-"""Checks of block-sparse and selected attention under the interpreter; run by test_triton_sparse.py as ``pytest tests/kernels/interpreted_sparse.py``.
+"""Checks of block-sparse and selected attention under the interpreter; run by test_triton.py as ``pytest tests/kernels/interpreted_sparse.py``.
 
 Not collected on its own (the name does not start with test_): it needs TRITON_INTERPRET=1 before triton is imported.
 """
@@ -14,11 +14,11 @@ from kernels.selected import launch as selected_launch
 from kernels.selected import ops as selected_ops
 from kernels.softmax import launch, tiles
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton_sparse.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton.py"
 
 RULES = {
     "1d-dilated": block_sparse.Neighborhood((37,), (4,), (3,)),
-    "2d-stride-prefix": block_sparse.Neighborhood((8, 8), (4, 3), (2, 1), (3, 2), prefix=2),
+    "2d-stride-prefix": block_sparse.Neighborhood((8, 5), (4, 3), (2, 1), (3, 2), prefix=2),
     "3d-causal": block_sparse.Neighborhood((3, 4, 5), (3, 2, 3), causal=(True, False, False)),
     "disc": block_sparse.Disc((6, 7), 2.3, prefix=1),
     "segments": block_sparse.Segments((0,) * 19 + (1,) * 2 + (2,) * 14, causal=True),
@@ -28,9 +28,9 @@ RULES = {
 }
 # name: (queries, keys, block size, chosen blocks, heads, key heads, options)
 CHOICES = {
-    "grouped": (9, 37, 4, 3, 4, 2, {}),
-    "mask-positions": (9, 37, 4, 3, 2, 2, {"mask": True, "causal": True, "positions": True}),
-    "causal": (33, 33, 20, 2, 4, 1, {"causal": True}),
+    "grouped": (5, 37, 4, 3, 4, 2, {}),
+    "mask-positions": (5, 37, 4, 3, 2, 2, {"mask": True, "causal": True, "positions": True}),
+    "causal": (9, 45, 20, 2, 2, 1, {"causal": True}),
     "one": (1, 5, 8, 1, 1, 1, {}),
 }
 
@@ -78,15 +78,17 @@ def test_rules(name, dtype=torch.float32):
     mask = torch.rand(2, rule.tokens, generator=gen) > 0.3
     mask[1, : rule.tokens // 2] = False
     call = lambda q, k, v, **o: block_sparse.attention(q, k, v, rule, key_mask=mask, **o)
-    compare(call, rule.tokens, rule.tokens, 8, 20, 2, 1, dtype, gen)
+    compare(call, rule.tokens, rule.tokens, 8, 20, 2 if name in ("disc", "prefix") else 1, 1, dtype, gen)
 
 
 def test_rules_in_half_precision():
-    test_rules("2d-stride-prefix", torch.float16)
+    test_rules("disc", torch.float16)
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_selected(name, dtype=torch.float32):
+def test_selected(name, monkeypatch, dtype=torch.float32):
+    if name == "grouped" and dtype == torch.float32:  # wide rows in pieces
+        monkeypatch.setattr(selected_launch, "tiles", lambda *_: tiles.Tiles(16, 16, 4, 1, piece=16))
     n, m, size, count, h, hk, extra = CHOICES[name]
     gen = torch.Generator().manual_seed(0)
     index = selected.select_blocks(torch.rand(2, hk, n, -(-m // size), generator=gen), count)
@@ -100,13 +102,13 @@ def test_selected(name, dtype=torch.float32):
     compare(lambda *t, **o: selected.attention(*t, index, **options, **o), n, m, 8, 20, h, hk, dtype, gen)
 
 
-def test_selected_in_half_precision():
-    test_selected("grouped", torch.float16)
+def test_selected_in_half_precision(monkeypatch):
+    test_selected("grouped", monkeypatch, torch.float16)
 
 
 def test_scores_and_choice():
     gen = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 4, 9, 8, generator=gen), torch.randn(2, 2, 41, 8, generator=gen)
+    q, k = torch.randn(2, 2, 9, 8, generator=gen), torch.randn(2, 1, 41, 8, generator=gen)
     stencil = selected.overlap_stencil(41, 21, 8, 4, 8, torch.device("cpu"))
     visible = torch.rand(2, 1, 9, 41, generator=gen) > 0.4
     visible[0, 0, 2] = False

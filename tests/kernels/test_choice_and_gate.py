@@ -128,9 +128,9 @@ def test_gate_command_on_one_target(child, tmp_path):
     pytest.importorskip("triton", reason="the gate compiles with triton")
     assert child("-m", "kernels.gate", "--ops", "liner").returncode == 2
     env = {"ZOO_KERNEL_CACHE": str(tmp_path)}
-    done = child("-m", "kernels.gate", "--ops", "linear", "--targets", "sm_90", "--jobs", "1", **env)
+    done = child("-m", "kernels.gate", "--ops", "prefix", "--targets", "sm_90", "--jobs", "1", **env)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "0 failed" in done.stdout and "linear_state_bwd_kernel" in done.stdout
-    again = child("-m", "kernels.gate", "--ops", "linear", "--targets", "sm_90", "--jobs", "1", **env)
+    assert "0 failed" in done.stdout and "diag_scan_fwd_kernel" in done.stdout
+    again = child("-m", "kernels.gate", "--ops", "prefix", "--targets", "sm_90", "--jobs", "1", **env)
     cases = int(again.stdout.strip().splitlines()[-1].split()[0])
     assert f"{cases} from the cache" in again.stdout

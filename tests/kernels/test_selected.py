@@ -126,7 +126,8 @@ def test_second_derivative(price, monkeypatch):
     assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
     places = torch.arange(3)[None], torch.arange(7)[None]
     single = [t.detach().float().requires_grad_() for t in leaves]
-    torch.library.opcheck(ops.selected_fwd, (*single, index, None, *places, 2, True, 0.7, "torch"))
+    quick = {"test_utils": ("test_schema", "test_autograd_registration", "test_faketensor")}
+    torch.library.opcheck(ops.selected_fwd, (*single, index, None, *places, 2, True, 0.7, "torch"), **quick)
 
 
 def test_refusals_name_the_rule(monkeypatch):
