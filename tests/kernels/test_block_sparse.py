@@ -118,6 +118,19 @@ def test_tiles_equal_reference_in_value_and_gradient(name, masked, monkeypatch):
         assert (a - b).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize("dense_tokens", [0, 1 << 20], ids=["tiles", "dense"])
+def test_second_derivative(dense_tokens, monkeypatch):
+    monkeypatch.setattr(torch_path, "DENSE_TOKENS", dense_tokens)
+    monkeypatch.setattr(torch_path, "TILE_ROWS", 2)
+    gen = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, 1, 6, 2, generator=gen, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    mask = torch.tensor([[True, False, True, True, True, True]])
+    call = lambda *t: sparse.attention(
+        *t, sparse.GlobalWindow(6, 1, 1), key_mask=mask, higher_order=True, return_lse=True
+    )
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
 def test_whole_rule_equals_softmax_and_bias_takes_the_dense_path():
     q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))
     rule = sparse.Neighborhood((3, 4), (3, 4))

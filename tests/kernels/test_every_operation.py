@@ -154,3 +154,38 @@ def test_slabs_of_long_sequences_change_nothing(name, monkeypatch):
         found.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for whole, slabs in zip(*found, strict=True):
         torch.testing.assert_close(slabs, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_offsets_beyond_int32_are_shapes_only():
+    """B H N D of 2^32 under fake tensors: shapes and strides of the operators of scans and sums are right without the memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kernels.decay import ops as decay_ops
+    from kernels.delta import ops as delta_ops
+    from kernels.delta.walk import delta_walk
+    from kernels.linear import ops as linear_ops
+    from kernels.prefix import ops as prefix_ops
+
+    b, h, n, d = 64, 64, 8192, 128
+    with FakeTensorMode():
+        q = torch.empty(b, h, n, d, dtype=torch.bfloat16)
+        assert q.numel() > 2**31
+        state, *sums = linear_ops.state_fwd(q, q, None, None, None, "elu1")
+        assert state.shape == (b, h, d, d) and sums[0].shape == (b, h, d)
+        out = linear_ops.read_fwd(
+            q, None, state, sums[0], None, None, q[:, 0, 0, 0], q[:, 0, 0, 0], "denom", "elu1"
+        )
+        assert out.shape == q.shape
+        out, last = decay_ops.decay_scan_fwd(q, q, q, None, None, True, False, True)
+        assert out.stride(0) == h * n * d and out.dtype == torch.float32 and last.shape == (b, h, d, d)
+        wide = torch.empty(b * h, n // 64, 64, d)
+        start = torch.empty(b * h, d, d)
+        x, met, last = delta_ops.delta_walk_fwd(wide, wide, wide, None, None, start, False, "bfloat16")
+        assert x.shape == wide.shape and met.shape == (b * h, n // 64, d, d) and last.shape == start.shape
+        square = torch.empty(b * h, n // 64, 64, 64)
+        assert (
+            delta_walk(wide, wide, square, square, wide, None, None, start, False)[0].stride()
+            == wide.stride()
+        )
+        flat = torch.empty(b * h, n, d)
+        assert prefix_ops.diag_scan_fwd(flat, flat, None).shape == flat.shape

@@ -63,3 +63,15 @@ def test_interval_gains_are_the_mean_rotation():
     torch.testing.assert_close(local.interval_gains(radius, frequencies, norm="rms").square().mean(-1), ones)
     with pytest.raises(ValueError, match="choose mean"):
         local.interval_gains(radius, frequencies, norm="max")
+
+
+def test_second_derivatives():
+    x, weight = tokens(4, 2).requires_grad_(), torch.randn(2, 1, 3, dtype=D64, requires_grad=True)
+    mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    angles = torch.randn(4, 1, dtype=D64, requires_grad=True)
+
+    def call(x, weight, angles):
+        mixed = local.depthwise_sequence(x, weight, causal=True, key_mask=mask) + local.shift(x, 1)
+        return local.rotate(mixed[:, None], angles).sin()
+
+    assert torch.autograd.gradgradcheck(call, (x, weight, angles))

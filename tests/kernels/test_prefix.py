@@ -106,3 +106,20 @@ def test_recurrence_derivatives_and_errors():
         prefix_softmax(x[..., 0], x, reverse=True, positions=torch.arange(5))
     with pytest.raises(ValueError, match="scores must be"):
         prefix_softmax(x, x)
+
+
+def test_chunks_padding_and_direction():
+    """Of the scan kit: any chunk length, masked keys anywhere equal their deletion even as NaN, reverse is flip, run, flip."""
+    s, v = make(37)
+    want = prefix_softmax(s, v)
+    for chunk in (1, 16, 37, 38):
+        torch.testing.assert_close(prefix_softmax(s, v, chunk=chunk), want)
+    keep = torch.ones(37, dtype=torch.bool)
+    keep[[0, 5, 36]] = False
+    have = prefix_softmax(
+        s.masked_fill(~keep, torch.nan), v.masked_fill(~keep[:, None], torch.nan), key_mask=keep.expand(2, -1)
+    )
+    torch.testing.assert_close(have[:, :, keep], prefix_softmax(s[..., keep], v[:, :, keep]))
+    torch.testing.assert_close(
+        prefix_softmax(s, v, reverse=True), prefix_softmax(s.flip(2), v.flip(2)).flip(2)
+    )

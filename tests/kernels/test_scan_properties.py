@@ -10,6 +10,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from kernels.decay import decay_scan  # noqa: E402
 from kernels.delta import delta_scan  # noqa: E402
+from zoo.bench import ops, scans  # noqa: E402
 
 CASE = st.fixed_dictionaries(
     {
@@ -77,3 +78,11 @@ def test_a_split_anywhere_changes_nothing(case, cut):
             )
             rows.append(o)
         torch.testing.assert_close(torch.cat(rows, 2), whole, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", scans.STEPWISE)
+def test_steps_are_the_same_function_as_the_scan_they_are_timed_against(name):
+    gen = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, 2, 9, 8, generator=gen, dtype=torch.float64) for _ in range(3)]
+    found = ops.ours()
+    torch.testing.assert_close(found[f"{name} step by step"](*tensors), found[name](*tensors))
