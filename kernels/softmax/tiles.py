@@ -27,21 +27,20 @@ def table(
     """The same table serves launches and the compile gate, which found its entries; the wider head size decides.
 
     The gradient of keys and values holds four tiles and two sums at once, and float32 products split their operands in two: both take
-    smaller tiles, wide float32 rows in pieces besides. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all.
+    smaller tiles, float32 gradients on NVIDIA take rows in pieces besides. So do "rich" ``scores``, with more than a band and a key mask, and "factors" above all.
     AMD runs out of scalar registers first. ``arch`` is the compute capability times ten on NVIDIA.
     """
     width = max(pow2(d), pow2(e))
     wide = width > 64
     if dot == "float32" and backend == "cuda" and kernel != "fwd":
-        if wide or (kernel == "bwd_dbias" and width > 32):
-            return Tiles(16, 16, 8, 1, piece=32)
-        few = width <= 32 or (kernel == "bwd_dkdv" and scores == "factors")
-        return Tiles(16, 16 if few else 32, 4, 1)
+        return Tiles(16, 16, 8, 1, piece=min(32, width))
     if dot == "float32":
         side = 16 if wide or backend == "hip" else 32
         return Tiles(side, side, 8 if wide else 4, 1)
     if backend == "hip":
         return Tiles(32, 16, 4, 1)
+    if kernel == "bwd_dbias" and width == 64 and arch >= 100:
+        return Tiles(32, 32, 8, 1)
     if scores == "factors" and wide:
         return Tiles(32, 32, 8, 1)
     if kernel == "bwd_dkdv" and scores == "rich" and not wide and arch >= 100:
@@ -52,7 +51,7 @@ def table(
         return Tiles(32, 64 if kernel == "bwd_dq" else 32, 8, 1) if wide else Tiles(64, 32, 8, 1)
     if kernel == "fwd":
         return Tiles(64, 32, 4, 1) if wide else Tiles(64, 64, 4, 2)
-    if kernel == "bwd_dkdv" and not wide and arch >= 100:
+    if kernel == "bwd_dkdv" and not wide and (arch >= 100 or (width == 64 and arch < 90)):
         return Tiles(64, 32, 4, 1)
     return Tiles(64, 32 if wide else 64, 8, 1)
 
@@ -64,7 +63,7 @@ def skip_table(kernel: str, plain: Tiles, skip: Sequence[int], dot: str, d: int,
         return Tiles(16, 16, 8, 1, plain.piece)
     if kernel == "fwd":
         return Tiles(*skip, 8 if wide and arch < 100 else 4, 1)
-    keys = 32 if kernel == "bwd_dq" and arch >= 100 else plain.keys
+    keys = 32 if kernel == "bwd_dq" and arch >= 100 and dot != "float32" else plain.keys
     return replace(plain, queries=min(plain.queries, skip[0]), keys=min(keys, skip[1]))
 
 
