@@ -14,6 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+LEAST = 100.0  # where the axis begins; smaller states are drawn there
+
 
 def read_runs(folders: list[Path]) -> dict[str, dict[str, list[float]]]:
     """Per attention: state sizes and test accuracies of its finished mqar runs."""
@@ -39,21 +41,26 @@ def table(runs: dict[str, dict[str, list[float]]]) -> str:
 
 
 def draw(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One point per attention, mean over seeds."""
+    """One mark per attention, mean over seeds; a key beside the axes, best first, since many lie together."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    mean = lambda values: sum(values) / len(values)
+    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name, run in runs.items():
-        x = sum(run["state"]) / len(run["state"])
-        y = sum(run["accuracy"]) / len(run["accuracy"])
-        axes.plot(max(x, 1.0), y, "o")
-        axes.annotate(name, (max(x, 1.0), y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    for i, (name, run) in enumerate(sorted(runs.items(), key=lambda item: -mean(item[1]["accuracy"]))):
+        x, y = max(mean(run["state"]), LEAST), mean(run["accuracy"])
+        style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i % 10}", "linestyle": "", "alpha": 0.8}
+        axes.plot(x, y, label=f"{name} {y:.3f}", **style)
     axes.set(
-        xscale="log", xlabel="state after a sequence (numbers, all layers)", ylabel="accuracy", ylim=(0, 1.05)
+        xscale="log",
+        xlabel=f"state after a sequence (numbers, all layers; {LEAST:.0f} or less at the left)",
+        ylabel="accuracy",
+        ylim=(-0.03, 1.05),
     )
+    axes.grid(alpha=0.25)
     axes.set_title("Associative recall against state size, test split")
-    figure.savefig(path, dpi=130)
+    figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: list[str]) -> int:
