@@ -33,7 +33,10 @@ def table(
     width = max(pow2(d), pow2(e))
     wide = width > 64
     if dot == "float32" and backend == "cuda" and kernel != "fwd":
-        return Tiles(16, 16, 8, 1, piece=min(32, width))
+        # Small tiles leave ptxas at 128 registers, a few bytes short for some narrow rows; larger ones get what they need.
+        queries = 32 if width == 16 or (kernel == "bwd_dq" and width <= 64) else 16
+        keys = 32 if width == 16 and kernel != "bwd_dkdv" else 16
+        return Tiles(queries, keys, 8, 1, piece=min(32, width))
     if dot == "float32":
         side = 16 if wide or backend == "hip" else 32
         return Tiles(side, side, 8 if wide else 4, 1)
