@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def _plain_choice(monkeypatch):
     """A developer's ZOO_KERNELS must not change what is tested."""
     monkeypatch.delenv("ZOO_KERNELS", raising=False)
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Call it with launch modules: memory that their kernels forget to write is NaN then, and shows."""
+
+    def new(like, *shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
+
+    def fill(*modules) -> None:
+        for module in modules:
+            monkeypatch.setattr(module, "_new", new)
+
+    return fill
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,11 @@ SIZES = {"N7D8E20": (7, 8, 20), "N34D20E8": (34, 20, 8), "N18D40E36": (18, 40, 3
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(monkeypatch):
+def nan_scratch(unwritten):
     """Memory that a kernel forgets to write must show."""
     from kernels.decay import launch
 
-    def new(like, *shape, dtype=torch.float32):
-        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
-
-    monkeypatch.setattr(launch, "_new", new)
+    unwritten(launch)
 
 
 def make(sizes, kind, batch=2, heads=1):

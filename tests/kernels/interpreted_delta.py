@@ -12,16 +12,12 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/tes
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(monkeypatch):
+def nan_scratch(unwritten):
     """Memory that the kernel forgets to write must show."""
     from kernels.decay import launch as decay_launch
     from kernels.delta import launch
 
-    def new(like, *shape, dtype=torch.float32):
-        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
-
-    monkeypatch.setattr(launch, "_new", new)
-    monkeypatch.setattr(decay_launch, "_new", new)
+    unwritten(launch, decay_launch)
 
 
 def make(kind, n, m, d, e, batch=2, heads=1):

@@ -86,13 +86,10 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(monkeypatch):
+def nan_scratch(unwritten, monkeypatch):
     """Memory that a kernel forgets to write must show; small tiles give several of them."""
 
-    def new(like, *shape, dtype=torch.float32):
-        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
-
-    monkeypatch.setattr(launch, "_new", new)
+    unwritten(launch)
     monkeypatch.setattr(tiles, "table", lambda *a: tiles.Tiles(32, 16, 4, 1))
 
 

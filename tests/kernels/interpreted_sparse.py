@@ -36,14 +36,10 @@ CHOICES = {
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(monkeypatch):
+def nan_scratch(unwritten, monkeypatch):
     """Memory that a kernel forgets to write must show; small tiles give several of them."""
 
-    def new(like, *shape, dtype=torch.float32):
-        return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
-
-    monkeypatch.setattr(launch, "_new", new)
-    monkeypatch.setattr(selected_launch, "_new", new)
+    unwritten(launch, selected_launch)
     monkeypatch.setattr(tiles, "table", lambda *_: tiles.Tiles(32, 16, 4, 1))
     monkeypatch.setattr(selected_launch, "tiles", lambda *_: tiles.Tiles(16, 16, 4, 1))
 

@@ -85,8 +85,8 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="--licence"):
         package(run(tmp_path / "a", licence=None), target)
     assert package(tmp_path / "a", target, licence="CC0-1.0", name="named").stem == "named"
-    with pytest.raises(WeightsError, match="names files of this machine: /root/data"):
-        package(run(tmp_path / "b", config={"root": "/root/data"}), target)
+    with pytest.raises(WeightsError, match="names files of this machine: /home/someone/data"):
+        package(run(tmp_path / "b", config={"root": "/home/someone/data"}), target)
     with pytest.raises(WeightsError, match="finished run"):
         package(tmp_path, target)
     monkeypatch.setattr("zoo.pretrained.package.MAX_BYTES", 1000)

@@ -41,7 +41,7 @@ class Staeformer(nn.Module):
         patch_steps: Neighbouring steps that form one token; divides P.
         value_dim: Width of the embedded readings of a token.
         known_dim: Width of the embedded earlier looks; 0 leaves them out.
-        step_dim: Hidden width of a head that reads the looks at each forecast step again; 0 for none. See `StepHead`.
+        step_dim: Hidden width of a head that reads the looks, where there are any, at each forecast step again; 0 for none.
         day_dim: Width of the time-of-day table.
         weekday_dim: Width of the day-of-week table.
         week_dim: Width of the slot-of-week table; 0 for none.
