@@ -17,8 +17,9 @@ which yields one ``GateCase`` (``kernels/_common/targets.py``) per kernel and va
 Take tile sizes from the same function that the launch uses; yield nothing for what the operation does not claim. Optional module
 constants ``GATE_DTYPES`` and ``GATE_DIMS`` replace the default lists below. Nothing else needs to be edited.
 
-Results are cached by the hash of source, options and Triton version under ``ZOO_KERNEL_CACHE`` (default
-``~/.cache/attention-zoo/kernels``).
+Results are cached by the hash of source, types, options and Triton version under ``ZOO_KERNEL_CACHE`` (default
+``~/.cache/attention-zoo/kernels``). Several cases may give the same code (a head size cut into the same tiles, a type that a kernel does not
+see): such code is compiled once and counted for each.
 """
 
 import argparse
@@ -124,7 +125,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ZOO_KERNEL_CACHE") or Path.home() / ".cache" / "attention-zoo" / "kernels")
 
 
-def _cache_file(case: GateCase, key: Key) -> Path:
+def _cache_file(case: GateCase, target: str) -> Path:
+    """Named by all that the compiled code depends on, and nothing else: cases that give one code share one result."""
     import triton
 
     described = json.dumps(
@@ -132,12 +134,13 @@ def _cache_file(case: GateCase, key: Key) -> Path:
             triton.__version__,
             Path(compiling.__file__).read_text(),
             case.kernel.cache_key,
-            asdict(key),
+            target,
             case.pointers,
             {k: str(v) for k, v in case.constexprs.items()},
             case.num_warps,
             case.num_stages,
             case.unaligned,
+            case.has_dot,
         ],
         sort_keys=True,
     )
@@ -148,7 +151,7 @@ def run_case(key: Key, use_cache: bool = True) -> Result:
     """Check one case, from the cache if nothing it depends on has changed."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     case = find_case(key)
-    file = _cache_file(case, key)
+    file = _cache_file(case, key.target)
     if use_cache and file.exists():
         return Result(**{**json.loads(file.read_text()), "cached": True})
     try:
