@@ -98,6 +98,7 @@ class AucklandData(TrafficData):
         if first >= last:
             raise DataError(f"data.first_day={self.first_day} lies after the last counts, 2025-12-31")
         series.values, series.times = series.values[first:last], series.times[first:last]
+        series.zone = "Pacific/Auckland"
         series.coordinates = places.loc[series.sensors, ["Latitude", "Longitude"]].to_numpy(np.float64)
         series.adjacency = kernel_adjacency(
             great_circle_m(series.coordinates), sigma=self.sigma_m, cut=self.cut_weight

@@ -147,6 +147,7 @@ class TrafficData(ZooData):
             "sensors": series.sensors,
             "coordinates": None if series.coordinates is None else series.coordinates.tolist(),
             "step_minutes": series.step_minutes,
+            "zone": series.zone,
             "history_steps": g.history,
             "horizon_steps": g.horizon,
             "lag_steps": list(g.lags),

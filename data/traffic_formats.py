@@ -238,8 +238,8 @@ def _text(item: Any) -> str:
     return item.decode() if isinstance(item, bytes) else str(item)
 
 
-def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Timestamps, readings and sensors of a CSV or Parquet table.
+def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str], str | None]:
+    """Local timestamps, readings and sensors of a CSV or Parquet table, and the zone that the timestamps carried, if any.
 
     Long: columns timestamp, sensor and value. Wide: a timestamp first, then a column a sensor.
     """
@@ -254,12 +254,13 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     lower = {str(column).strip().lower(): column for column in table.columns}
     if {"timestamp", "sensor", "value"} <= set(lower):
         stamp, sensor, value = (lower[name] for name in ("timestamp", "sensor", "value"))
-        table[stamp] = _parsed(table[stamp], path)
+        table[stamp], zone = _parsed(table[stamp], path)
         table[value] = pd.to_numeric(table[value], errors="coerce")
         # Several readings of a sensor in a step are averaged, as duplicate rows are elsewhere.
         table = table.pivot_table(index=stamp, columns=sensor, values=value, dropna=False, observed=False)
         table = table.sort_index()
-        return table.index.to_numpy(), table.to_numpy(np.float32), [str(name) for name in table.columns]
+        names = [str(name) for name in table.columns]
+        return table.index.to_numpy(), table.to_numpy(np.float32), names, zone
     if len(table.columns) < 2:
         raise DataError(
             f"{path}: expected the columns timestamp, sensor, value, or a timestamp and a column a sensor; got "
@@ -267,20 +268,31 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         )
     first, *names = table.columns
     values = table[names].apply(pd.to_numeric, errors="coerce")
-    return _parsed(table[first], path).to_numpy(), values.to_numpy(np.float32), [str(name) for name in names]
+    times, zone = _parsed(table[first], path)
+    return times.to_numpy(), values.to_numpy(np.float32), [str(name) for name in names], zone
 
 
-def _parsed(column: Any, path: Path) -> Any:
+def _parsed(column: Any, path: Path) -> tuple[Any, str | None]:
+    """Timestamps of the local clock, and its zone such as Pacific/Auckland or +12:00 where they carry one."""
     import pandas as pd
 
     if column.dtype.kind in "if":
         raise DataError(
             f"{path}: column {column.name!r} holds numbers, not timestamps such as 2024-05-01 06:00"
         )
-    stamps = pd.to_datetime(column, errors="coerce")
+    try:
+        stamps = pd.to_datetime(column, errors="coerce")
+    except ValueError:  # unlike offsets: no clock of the day that all rows share
+        raise DataError(
+            f"{path}: timestamps of column {column.name!r} carry different UTC offsets; write local times without an offset, or all "
+            "with the same one"
+        ) from None
     if stamps.isna().any():
         bad = int(stamps.isna().to_numpy().argmax())
         raise DataError(
             f"{path}: {int(stamps.isna().sum())} timestamps are unreadable (first: {column.iloc[bad]!r} in row {bad + 1})"
         )
-    return stamps.dt.tz_localize(None) if getattr(stamps.dt, "tz", None) is not None else stamps
+    if stamps.dt.tz is None:
+        return stamps, None
+    zone = getattr(stamps.dt.tz, "key", None) or stamps.iloc[0].isoformat()[-6:]
+    return stamps.dt.tz_localize(None), zone

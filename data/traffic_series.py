@@ -5,7 +5,7 @@ Letters: T time steps, N sensors. Missing readings are NaN from here on, whateve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Series:
         coordinates: Latitude and longitude in degrees, [N, 2], or None.
         adjacency: Edge weights, float32 [N, N]; row i lists whom sensor i listens to. None where nothing is known.
         repairs: How many cells, rows or sensors each repair touched.
+        zone: Whose local clock `times` are, such as Pacific/Auckland or +12:00; None where the data do not say.
     """
 
     values: np.ndarray
@@ -38,6 +39,7 @@ class Series:
     coordinates: np.ndarray | None = None
     adjacency: np.ndarray | None = None
     repairs: dict[str, int] = field(default_factory=dict)
+    zone: str | None = None
 
     @property
     def slots_per_day(self) -> int:
@@ -53,14 +55,13 @@ class Series:
 
     def keep(self, sensors: np.ndarray) -> Series:
         """The same series with the sensors [K] (numbers) alone, in that order."""
-        return Series(
-            self.values[:, sensors],
-            self.times,
-            self.step_minutes,
-            [self.sensors[i] for i in sensors],
-            None if self.coordinates is None else self.coordinates[sensors],
-            None if self.adjacency is None else self.adjacency[np.ix_(sensors, sensors)],
-            dict(self.repairs),
+        return replace(
+            self,
+            values=self.values[:, sensors],
+            sensors=[self.sensors[i] for i in sensors],
+            coordinates=None if self.coordinates is None else self.coordinates[sensors],
+            adjacency=None if self.adjacency is None else self.adjacency[np.ix_(sensors, sensors)],
+            repairs=dict(self.repairs),
         )
 
 

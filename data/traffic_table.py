@@ -46,8 +46,9 @@ class TrafficTableData(TrafficData):
 
     def read(self) -> Series:
         """The table on a regular clock, with coordinates and graph."""
-        times, values, sensors = read_table(existing(self.path, "data.path"))
+        times, values, sensors, zone = read_table(existing(self.path, "data.path"))
         series = regular(times, values, sensors, step_minutes=self.step_minutes)
+        series.zone = zone
         if self.locations:
             series.coordinates = self._places(series.sensors)
             distances = great_circle_m(series.coordinates)

@@ -235,6 +235,21 @@ def test_long_and_wide_tables_agree(tmp_path):
         read_table(tmp_path / "empty.csv")
 
 
+def test_zones_of_timestamps_are_kept_and_unlike_ones_refused(tmp_path):
+    """Readings stand at the hours that the file shows; the zone is for those who forecast later."""
+    for zone, suffix in ((None, ""), ("+00:00", "Z"), ("+12:00", "+12:00")):
+        (tmp_path / "t.csv").write_text(f"time,a\n2024-04-07T01:00{suffix},1\n2024-04-07T02:00{suffix},2\n")
+        times, _, _, found = read_table(tmp_path / "t.csv")
+        assert found == zone and str(times[0].astype("datetime64[m]")) == "2024-04-07T01:00"
+    (tmp_path / "t.csv").write_text("time,a\n2024-04-07T01:00+13:00,1\n2024-04-07T02:00+12:00,2\n")
+    with pytest.raises(DataError, match="'time' carry different UTC offsets"):
+        read_table(tmp_path / "t.csv")
+    summer = pd.date_range("2024-01-01", periods=3, freq="h", tz="Pacific/Auckland", name="time")
+    pd.DataFrame({"a": [1.0, 2.0, 3.0]}, index=summer).to_parquet(tmp_path / "t.parquet")
+    times, _, _, found = read_table(tmp_path / "t.parquet")
+    assert found == "Pacific/Auckland" and str(times[0].astype("datetime64[m]")) == "2024-01-01T00:00"
+
+
 def test_pems_archive(tmp_path):
     cells = np.random.default_rng(0).uniform(0, 9, (300, 4, 3))
     np.savez(tmp_path / "PEMS04.npz", data=cells)

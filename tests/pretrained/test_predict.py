@@ -8,7 +8,7 @@ from tiny import TASKS, raw_inputs, tiny_weights
 
 import zoo
 from zoo.__main__ import main
-from zoo.errors import WeightsError
+from zoo.errors import DataError, WeightsError
 
 WITHOUT_FIGURE = {"ctr", "mqar"}
 
@@ -73,11 +73,26 @@ def test_commands_run_nothing_that_a_pickle_asks_for(tmp_path, capsys, suffix):
     assert not (tmp_path / "executed").exists()
 
 
-def test_traffic_takes_the_time_of_a_forecast_as_it_takes_the_readings_times():
+@pytest.mark.parametrize("zone, hour", [("+02:00", 6), ("+00:00", 4), ("Pacific/Auckland", 17)])
+def test_traffic_times_with_an_offset_are_put_on_the_models_clock(zone, hour):
+    """Auckland is 13 hours ahead in its summer."""
     from datetime import datetime
 
     from zoo.predict.traffic import TaskPredictor
 
-    predictor = TaskPredictor(None, {})
+    predictor = TaskPredictor(None, {"preprocessing": {"zone": zone, "sensors": ["a"]}})
     predictor.options({"at": "2025-01-01T06:00+02:00"})
-    assert predictor.at == datetime(2025, 1, 1, 6)
+    assert predictor.at == datetime(2025, 1, 1, hour)
+    given = {datetime.fromisoformat("2025-01-01T04:00Z"): [1.0]}
+    assert predictor._readings(given) == {predictor.at: [1.0]}
+
+
+def test_traffic_refuses_times_with_an_offset_where_the_clock_has_no_zone(tmp_path):
+    from zoo.predict.traffic import TaskPredictor
+
+    predictor = TaskPredictor(None, {"preprocessing": {"sensors": ["a"]}})
+    with pytest.raises(DataError, match="give local times without an offset"):
+        predictor.options({"at": "2025-01-01T06:00Z"})
+    (tmp_path / "t.csv").write_text("time,a\n2025-01-01T06:00Z,1\n")
+    with pytest.raises(DataError, match="give local times without an offset"):
+        predictor.predict(tmp_path / "t.csv")

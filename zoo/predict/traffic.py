@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class TaskPredictor(Predictor):
 
     The table must hold the last `history_steps` before the forecast, and, where the model looks at earlier days or weeks,
     as many rows as it has; absent rows and empty cells are missing readings. `--at TIME` forecasts from after that row
-    instead of from after the last one.
+    instead of from after the last one. Times without an offset are on the clock that the model was trained on; times with one are
+    taken there where the model knows its zone, and refused otherwise.
     """
 
     at: datetime | None = None
@@ -33,9 +35,10 @@ class TaskPredictor(Predictor):
             if name != "at":
                 raise unknown("option of predict:", f"--{name}", ("--at", *COMMON_OPTIONS))
             try:
-                self.at = datetime.fromisoformat(value).replace(tzinfo=None)  # as the readings' times
+                time = datetime.fromisoformat(value)
             except ValueError:
                 raise ConfigError(f"--at {value!r} is no time such as 2025-12-31T18:00") from None
+            self.at = self._local(time)
         return []
 
     def inputs(self, arguments: list[str]) -> Iterator[str]:
@@ -45,7 +48,28 @@ class TaskPredictor(Predictor):
 
     def preprocess(self, raw: Any) -> dict[str, Tensor]:
         """A path, or readings by time as {datetime: [reading of each sensor]}, to the model's inputs."""
-        return self._inputs(raw if isinstance(raw, dict) else self._read(Path(raw)))[0]
+        return self._inputs(self._readings(raw))[0]
+
+    def _readings(self, raw: Any) -> Readings:
+        if isinstance(raw, dict):
+            return {self._local(time): cells for time, cells in raw.items()}
+        return self._read(Path(raw))
+
+    def _local(self, time: datetime) -> datetime:
+        """`time` on the model's clock.
+
+        Raises:
+            DataError: It has an offset, and whose clock the model reads is not known.
+        """
+        if time.tzinfo is None:
+            return time
+        zone = self.preprocessing.get("zone")
+        if zone is None:
+            raise DataError(
+                f"time {time.isoformat()} has an offset, but the data that this model was trained on named no zone; give local times "
+                "without an offset"
+            )
+        return time.astimezone(_zone(zone)).replace(tzinfo=None)
 
     def _read(self, path: Path) -> Readings:
         sensors = self.preprocessing["sensors"]
@@ -69,9 +93,10 @@ class TaskPredictor(Predictor):
                 continue
             try:
                 time = datetime.fromisoformat(row[0])
-                readings[time.replace(tzinfo=None)] = [_number(row[place[name]]) for name in sensors]
+                cells = [_number(row[place[name]]) for name in sensors]
             except (ValueError, IndexError) as error:
                 raise DataError(f"{path}, line {number}: {error}; expected a time and numbers") from None
+            readings[self._local(time)] = cells
         return readings
 
     def _inputs(self, readings: Readings) -> tuple[dict[str, Tensor], list[datetime]]:
@@ -111,8 +136,7 @@ class TaskPredictor(Predictor):
     @torch.no_grad()
     def predict(self, raw: Any) -> dict[str, Any]:
         """`{"times", "sensors", "forecast": [[reading of each sensor] a step], "unit", "missing"}`."""
-        readings = raw if isinstance(raw, dict) else self._read(Path(raw))
-        inputs, future = self._inputs(readings)
+        inputs, future = self._inputs(self._readings(raw))
         forecast = self.model(**inputs)[0]
         if self.card.get("nonnegative", True):
             forecast = forecast.clamp_min(0.0)
@@ -138,6 +162,11 @@ class TaskPredictor(Predictor):
             f"{raw}: mean of {len(prediction['sensors'])} sensors, {prediction['unit']}: {steps} "
             f"({prediction['missing']} missing readings in the window; --json for every sensor)"
         )
+
+
+def _zone(name: str) -> tzinfo:
+    """The zone of a name such as Pacific/Auckland or an offset such as +12:00."""
+    return datetime.fromisoformat(f"2000-01-01T00:00{name}").tzinfo if name[0] in "+-" else ZoneInfo(name)
 
 
 def _number(text: str) -> float:
