@@ -25,6 +25,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class FileScenes(SceneData):
     """Images on disk, scaled to fit a square and padded at the right and the bottom.
 
+    Boxes and masks are those of the picture as it is shown, turned by its EXIF orientation; of the stored pixels where the height and
+    width that the annotation gives say so, see `data.detection_records.read_image`.
+
     Args:
         root: Folder of the data.
         image_size: Side of the batches' images, pixels.
@@ -147,7 +150,7 @@ class FileScenes(SceneData):
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
-        image = tv_tensors.Image(read_image(record.path))
+        image = tv_tensors.Image(read_image(record.path, tuple(record.size)))
         height, width = image.shape[-2:]
         if (height, width) != tuple(record.size):
             raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from data.errors import DataError
@@ -18,7 +18,7 @@ from zoo.predict.images import UNREADABLE, flatten_modes
 
 @dataclass
 class Record:
-    """One image and what is in it, in pixels of the file.
+    """One image and what is in it, in pixels of the picture as `read_image` gives it.
 
     Attributes:
         path: Image file.
@@ -62,28 +62,38 @@ def clean_boxes(
     return boxes, good
 
 
-def image_size_of(path: Path) -> tuple[int, int]:
-    """Height and width from a file's header.
+def image_size_of(path: Path, *, upright: bool = True) -> tuple[int, int]:
+    """Height and width from a file's header: of the picture as it is shown, or of its pixels as they are stored.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
         with Image.open(path) as file:
-            return file.height, file.width
+            on_its_side = upright and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (file.width, file.height) if on_its_side else (file.height, file.width)
     except UNREADABLE as error:
         raise DataError(f"cannot read image {path}: {error}") from None
 
 
-def read_image(path: Path) -> Tensor:
-    """Pixels of a file, uint8 [3, H, W].
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """Pixels of a file, uint8 [3, H, W], turned upright as its EXIF orientation says.
+
+    So viewers and annotation tools show it, and so prediction reads it. Libraries that ignore the orientation (torchvision's COCO data
+    set) number the stored pixels instead; an annotation tells by its height and width, unless the turn leaves them as they are.
+
+    Args:
+        path: The file.
+        size: Height and width that the annotation gives. Where only the stored pixels have them, those are returned.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
         with Image.open(path) as file:
-            pixels = np.array(flatten_modes(file).convert("RGB"))
+            shown = ImageOps.exif_transpose(file)
+            stored = size == (file.height, file.width) != (shown.height, shown.width)
+            pixels = np.array(flatten_modes(file if stored else shown).convert("RGB"))
     except UNREADABLE as error:
         raise DataError(f"cannot read image {path}: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

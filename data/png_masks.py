@@ -104,11 +104,9 @@ class PngMasksData(FileScenes):
             if not mask.is_file():
                 self.skipped[str(file)] = f"no mask {mask}"
                 continue
-            size = image_size_of(file)
-            if image_size_of(mask) != size:
-                raise DataError(
-                    f"mask {mask} is {image_size_of(mask)}, its image {file.name} is {size} (height, width)"
-                )
+            size, shown = image_size_of(mask), image_size_of(file)
+            if size not in (shown, image_size_of(file, upright=False)):
+                raise DataError(f"mask {mask} is {size}, its image {file.name} is {shown} (height, width)")
             records.append(Record(path=file, size=size, mask=mask))
         return records
 

@@ -18,7 +18,9 @@ from data import create_data
 from data.base import DataError
 from data.detection_base import VOID
 from data.detection_masks import decode_runs, segment_mask
+from data.detection_records import read_image
 from data.sampler import BatchKey
+from zoo.predict._scenes import open_image
 
 
 def all_records(data):
@@ -58,6 +60,30 @@ def test_coco_sample_is_scaled_and_padded(tmp_path):
     assert (sample["mask"][12:48, 12:28] == 1).all()
     truth = data.ground_truth("train")
     assert truth["images"][0]["height"] == 40
+
+
+@pytest.mark.parametrize("frame", ["shown", "stored"])
+def test_orientation_of_photographs(tmp_path, frame):
+    """A photograph stored on its side: its annotation's size says which picture the boxes are drawn on."""
+    coco_folder(tmp_path)
+    stored = np.zeros((40, 60, 3), dtype=np.uint8)
+    stored[5:15, 20:50] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn to the right
+    Image.fromarray(stored).save(tmp_path / "0.png", exif=exif)
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    size, box = ((60, 40), [25, 20, 10, 30]) if frame == "shown" else ((40, 60), [20, 5, 30, 10])
+    content["images"][0] |= {"height": size[0], "width": size[1]}
+    content["annotations"] = [{"id": 1, "image_id": 10, "category_id": 3, "bbox": box, "segmentation": []}]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    data = create_data("coco", root=str(tmp_path), image_size=60)
+    sample = data.sample(all_records(data)["0.png"], train=False)
+    assert sample["size"].tolist() == list(size)
+    x1, y1, x2, y2 = sample["boxes"][0].int().tolist()
+    light = sample["image"][0] > 0.5
+    assert light[y1:y2, x1:x2].all() and int(light.sum()) == (y2 - y1) * (x2 - x1)
+    predicted = np.asarray(open_image(tmp_path / "0.png")).transpose(2, 0, 1)
+    assert np.array_equal(read_image(tmp_path / "0.png"), predicted)
 
 
 def test_augmentation_moves_boxes_with_masks(tmp_path):
