@@ -75,7 +75,7 @@ def fwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale) -> tu
     operands, band = _seen(q, k, v, key_mask, pos_q, pos_k, causal)
     config, options = _plan("fwd", q, e, size.g, block_size, scale, band)
     with on_device(q):
-        tk.selected_fwd_kernel[(b * size.hk, n)](
+        tk.selected_fwd_kernel[(b * size.hk * n,)](
             q, k, v, index.to(torch.int32).contiguous(), out, lse, *(t.stride()[:3] for t in (q, k, v)), size,
             operands, C=config, **options,
         )  # fmt: skip
@@ -96,7 +96,7 @@ def bwd(
     operands, band = _seen(q, k, v, key_mask, pos_q, pos_k, causal)
     with on_device(q):
         config, options = _plan("bwd_dq", q, e, size.g, block_size, scale, band)
-        tk.selected_bwd_dq_kernel[(b * size.hk, n)](
+        tk.selected_bwd_dq_kernel[(b * size.hk * n,)](
             q,
             k,
             v,

@@ -1,6 +1,7 @@
 """Triton kernels for selected-block attention, block scores and the choice of blocks.
 
-B batch, H heads, Hk key heads, G = H / Hk heads of a group, N queries, M keys, S chosen blocks of ``SIZE`` keys, D, E head sizes; grid axis 0 is B * Hk.
+B batch, H heads, Hk key heads, G = H / Hk heads of a group, N queries, M keys, S chosen blocks of ``SIZE`` keys, D, E head sizes; grid axis 0 is B * Hk,
+times N where a program has one query.
 
 - ``selected_fwd_kernel`` and ``selected_bwd_dq_kernel``: one query with the heads of its group as the rows of the products, against the tiles of its blocks.
 - ``selected_bwd_dkdv_kernel``: one tile of keys against the (query, head) rows that chose its block, from inverted lists; no atomics.
@@ -49,6 +50,13 @@ class Config(NamedTuple):
 
 
 @triton.jit
+def _query(size):
+    """Key head and query of a program. One axis for both: the others end at 65,535 programs, and neither may be bounded so."""
+    at = tl.program_id(0).to(tl.int64)
+    return at // size.n, (at % size.n).to(tl.int32)
+
+
+@triton.jit
 def _tile(step, INDEX, row, size, C: tl.constexpr):
     """Keys of one step of the loop over chosen blocks, and which of them exist."""
     parts: tl.constexpr = (C.SIZE + C.BM - 1) // C.BM
@@ -66,9 +74,8 @@ def _weights(s, i, j, in_i, in_j, lse, b, x, size, C: tl.constexpr):
 
 @triton.jit
 def selected_fwd_kernel(Q, K, V, INDEX, O, LSE, q_strides, k_strides, v_strides, size, x, C: tl.constexpr):
-    bh = tl.program_id(0).to(tl.int64)
+    bh, n = _query(size)
     b, hk = bh // size.hk, bh % size.hk
-    n = tl.program_id(1)
     g = tl.arange(0, C.BN)
     in_g = g < size.g
     head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
@@ -96,9 +103,8 @@ def selected_fwd_kernel(Q, K, V, INDEX, O, LSE, q_strides, k_strides, v_strides,
 def selected_bwd_dq_kernel(
     Q, K, V, INDEX, DO, LSE, DELTA, DQ, q_strides, k_strides, v_strides, o_strides, size, x, C: tl.constexpr
 ):  # fmt: skip
-    bh = tl.program_id(0).to(tl.int64)
+    bh, n = _query(size)
     b, hk = bh // size.hk, bh % size.hk
-    n = tl.program_id(1)
     g = tl.arange(0, C.BN)
     in_g = g < size.g
     head, token = hk * size.g + g, tl.zeros((C.BN,), tl.int32) + n
