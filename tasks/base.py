@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -111,7 +112,10 @@ class ZooTask(L.LightningModule):
         raise NotImplementedError
 
     def figures(self, folder: Path) -> list[Path]:
-        """Draw what the task's users look at, after the test; returns the files written."""
+        """Draw what the task's users look at, after the test; returns the files written.
+
+        Every process is asked: what the whole test set is to show comes `of_all_processes`.
+        """
         return []
 
     def example_inputs(self) -> tuple[tuple, dict]:
@@ -251,6 +255,15 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 def full_precision(x: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is: losses and scores add up more than half precision holds."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def of_all_processes(rows: list[Any]) -> list[Any]:
+    """`rows` of every process, those of the first process first; every process has to ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def batch_size(batch: Batch) -> int:

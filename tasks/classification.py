@@ -15,7 +15,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, of_all_processes
 from zoo.errors import ConfigError
 
 
@@ -81,7 +81,7 @@ class Classification(ZooTask):
         confidence, predicted = logits.softmax(-1).max(-1)
         for i in (predicted != labels).nonzero().flatten().tolist():
             self._wrong.append((float(confidence[i]), images[i].cpu(), int(labels[i]), int(predicted[i])))
-        self._wrong = sorted(self._wrong, key=lambda w: -w[0])[:25]
+        self._wrong = _surest(self._wrong)
 
     def example_inputs(self) -> tuple[tuple, dict]:
         height, width = self.data.image_size
@@ -108,11 +108,11 @@ class Classification(ZooTask):
         written = [folder / "confusion_matrix.png"]
         figure.savefig(written[0], dpi=130)
 
-        if self._wrong:
+        if wrong := _surest(of_all_processes(self._wrong)):
             figure = Figure(figsize=(8, 8.4), layout="constrained")
             figure.suptitle("Misclassified test images, most confident first: true → predicted (confidence)")
             for axes, (confidence, picture, label, predicted) in zip(
-                figure.subplots(5, 5).flat, self._wrong, strict=False
+                figure.subplots(5, 5).flat, wrong, strict=False
             ):
                 pixels = picture - picture.min()
                 pixels = (pixels / pixels.max().clamp(min=1e-6)).permute(1, 2, 0).squeeze(-1)
@@ -123,6 +123,11 @@ class Classification(ZooTask):
             written.append(folder / "misclassified.png")
             figure.savefig(written[1], dpi=130)
         return written
+
+
+def _surest(wrong: list[tuple[float, Tensor, int, int]]) -> list[tuple[float, Tensor, int, int]]:
+    """The wrong answers given with most confidence."""
+    return sorted(wrong, key=lambda w: -w[0])[:25]
 
 
 def _accuracy(classes: int, top_k: int = 1) -> MulticlassAccuracy:

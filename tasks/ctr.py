@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from data.rec_metrics import auc, grouped_auc, log_loss
-from tasks.base import Batch, ZooTask, full_precision
+from tasks.base import Batch, ZooTask, full_precision, of_all_processes
 from zoo.errors import ConfigError, unknown
 
 WEIGHTS = ("impressions", "clicks")
@@ -186,6 +186,7 @@ class ClickThrough(ZooTask):
                 self._kept["truth"].append(batch["relevance"][keep].cpu())
 
     def on_test_start(self) -> None:
+        super().on_test_start()
         for kept in self._kept.values():
             kept.clear()
 
@@ -201,7 +202,8 @@ class ClickThrough(ZooTask):
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        chance, label = torch.cat(self._kept["logit"]).sigmoid(), torch.cat(self._kept["label"])
+        kept = {name: of_all_processes(parts) for name, parts in self._kept.items()}
+        chance, label = torch.cat(kept["logit"]).sigmoid(), torch.cat(kept["label"])
         edges = torch.from_numpy(np.quantile(chance.numpy(), np.linspace(0, 1, 16))).to(chance).unique()
         group = torch.bucketize(chance, edges[1:-1]) if len(edges) > 2 else torch.zeros_like(chance).long()
         figure = Figure(figsize=(4.6, 4.2), layout="constrained")
@@ -213,8 +215,8 @@ class ClickThrough(ZooTask):
         axes.legend()
         written = [folder / "calibration.png"]
         figure.savefig(written[0], dpi=130)
-        if self._kept["score"]:
-            score, truth = torch.cat(self._kept["score"]), torch.cat(self._kept["truth"])
+        if kept["score"]:
+            score, truth = torch.cat(kept["score"]), torch.cat(kept["truth"])
             figure = Figure(figsize=(5.6, 4.2), layout="constrained")
             axes = figure.subplots()
             spread = (score - score.mean()) / score.std().clamp_min(1e-9)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, of_all_processes
 
 
 class Recall(ZooTask):
@@ -23,8 +23,7 @@ class Recall(ZooTask):
 
     def __init__(self, model: torch.nn.Module, data: Any, **common: Any) -> None:
         super().__init__(model, data, **common)
-        self._distances: list[Tensor] = []
-        self._hits: list[Tensor] = []
+        self._tested: list[tuple[Tensor, Tensor]] = []  # distances and hits of each test batch
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -52,8 +51,7 @@ class Recall(ZooTask):
             place = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
             match = batch["tokens"][:, None, : 2 * self.data.pairs : 2] == batch["tokens"][..., None]
             first = 2 * match.float().argmax(-1)
-            self._distances.append((place - first)[asked].cpu())
-            self._hits.append(hit.float().cpu())
+            self._tested.append(((place - first)[asked].cpu(), hit.float().cpu()))
 
     def example_inputs(self) -> tuple[tuple, dict]:
         return (torch.zeros(1, self.data.length, dtype=torch.long),), {}
@@ -66,10 +64,10 @@ class Recall(ZooTask):
         """Accuracy by distance between a key's two places."""
         from matplotlib.figure import Figure
 
-        if not self._hits:
+        if not self._tested:
             return []
         folder.mkdir(parents=True, exist_ok=True)
-        distance, hit = torch.cat(self._distances), torch.cat(self._hits)
+        distance, hit = (torch.cat(column) for column in zip(*of_all_processes(self._tested), strict=True))
         edges = torch.linspace(float(distance.min()), float(distance.max()) + 1, 13)
         place = torch.bucketize(distance.float(), edges, right=True) - 1
         count = torch.bincount(place, minlength=12)[:12]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
-from tasks.base import Batch, ZooTask, full_precision
+from tasks.base import Batch, ZooTask, full_precision, of_all_processes
 from zoo.errors import ConfigError, unknown
 from zoo.layers.item_losses import binary_loss, full_softmax_loss, sampled_softmax_loss
 
@@ -68,10 +68,8 @@ class Recommendation(ZooTask):
         weight = (counts.float() + 1) ** (0.75 if sampling == "popularity" else 0.0)
         self.register_buffer("log_probability", (weight / weight.sum()).log(), persistent=False)
         self.register_buffer("train_counts", counts, persistent=False)
-        self._ranks: list[Tensor] = []
-        self._targets: list[Tensor] = []
-        self._lengths: list[Tensor] = []
-        self._top: list[Tensor] = []
+        # Of each test batch: rank of the right item, its number, events in the history, numbers of the first ten.
+        self._tested: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -132,18 +130,17 @@ class Recommendation(ZooTask):
         for name, value in values.items():
             metrics[name].update(value)
         if split == "test":
-            self._ranks.append((above + tied / 2 + 1).cpu())
-            self._targets.append(target.cpu())
-            self._lengths.append((batch["seen"] > 0).sum(1).cpu())
             if self.data.exclude_seen:
                 # Item numbers run from 1: padding points at a column of its own.
                 spare = torch.cat((scores[:, :1], scores), 1)
                 scores = spare.scatter(1, batch["seen"], float("-inf"))[:, 1:]
-            self._top.append(scores.topk(min(10, scores.shape[1]), dim=1).indices.cpu())
+            top = scores.topk(min(10, scores.shape[1]), dim=1).indices
+            kept = (above + tied / 2 + 1, target, (batch["seen"] > 0).sum(1), top)
+            self._tested.append(tuple(t.cpu() for t in kept))
 
     def on_test_start(self) -> None:
-        for kept in (self._ranks, self._targets, self._lengths, self._top):
-            kept.clear()
+        super().on_test_start()
+        self._tested.clear()
 
     def example_inputs(self) -> tuple[tuple, dict]:
         items = torch.ones(1, self.data.max_length, dtype=torch.long)
@@ -151,14 +148,14 @@ class Recommendation(ZooTask):
 
     def figures(self, folder: Path) -> list[Path]:
         """Where the right item ranks, who is served well, and which items are ever shown."""
-        if not self._ranks:
+        if not self._tested:
             return []
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = torch.cat(self._ranks).float()
-        counts = self.train_counts.cpu()
-        popularity = counts[torch.cat(self._targets)]
+        tested = of_all_processes(self._tested)
+        ranks, targets, lengths, top = (torch.cat(column) for column in zip(*tested, strict=True))
+        ranks, counts = ranks.float(), self.train_counts.cpu()
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         k = torch.arange(1, min(200, self.data.num_items) + 1)
@@ -167,8 +164,8 @@ class Recommendation(ZooTask):
         left.set(xlabel="length k of the list", ylabel="HR@k", title="Right item among the first k")
         left.legend()
         for axes, value, label in (
-            (middle, torch.cat(self._lengths), "events in the history"),
-            (right, popularity, "training events of the right item"),
+            (middle, lengths, "events in the history"),
+            (right, counts[targets], "training events of the right item"),
         ):
             edges = torch.from_numpy(np.quantile(value.numpy(), np.linspace(0, 1, 6))).float().unique()
             group = (
@@ -184,7 +181,7 @@ class Recommendation(ZooTask):
         written = [folder / "ranking.png"]
         figure.savefig(written[0], dpi=130)
 
-        shown = torch.bincount(torch.cat(self._top).flatten(), minlength=self.data.num_items)
+        shown = torch.bincount(top.flatten(), minlength=self.data.num_items)
         figure = Figure(figsize=(5, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.scatter(counts + 1, shown + 1, s=4, alpha=0.5)

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from data.sampler import BatchKey
 from data.traffic_scores import HorizonErrors
-from tasks.base import Batch, ZooTask
+from tasks.base import Batch, ZooTask, of_all_processes
 from zoo.errors import ConfigError
 
 INPUTS = ("history", "history_seen", "clock", "known", "known_seen")
@@ -126,10 +126,14 @@ class Traffic(ZooTask):
 
         if not self._kept:
             return []
-        parts = [torch.cat(t).numpy() for t in zip(*self._kept, strict=True)]
-        # Processes take the windows in turn, see `EpochSampler`.
-        starts = self.data.starts["test"][self.trainer.global_rank :: self.trainer.world_size]
-        return draw(folder, self.model, self.data, starts[: len(parts[0])], *parts)
+        own = self.data.starts["test"][self.data.test_dataloader().sampler.order()]
+        own = own[: sum(len(forecast) for forecast, _, _ in self._kept)]
+        starts = np.concatenate(of_all_processes([own]))
+        order = np.argsort(starts)
+        columns = zip(*of_all_processes(self._kept), strict=True)
+        return draw(
+            folder, self.model, self.data, starts[order], *(torch.cat(c).numpy()[order] for c in columns)
+        )
 
 
 def masked_mae(forecast: Tensor, target: Tensor, seen: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def test_figures_and_state_size(tmp_path):
     for batch in source.test_dataloader():
         task.update_metrics(batch, task.metrics["test"], "test")
     assert [f.name for f in task.figures(tmp_path)] == ["recall_by_distance.png"]
-    assert min(int(d.min()) for d in task._distances) >= 2
+    assert min(int(distance.min()) for distance, _ in task._tested) >= 2
     assert task.state_size() == 2 * task.model.blocks[0].attn.state_size(32)
     for i, name in enumerate(("softmax", "gdn")):
         result = {

@@ -114,7 +114,8 @@ def test_padding_of_a_history_hides_no_item(data) -> None:
     for extra in (0, 2):
         seen = torch.nn.functional.pad(batch["seen"], (extra, 0))
         task.update_metrics({**batch, "seen": seen}, task.metrics["test"], "test")
-    assert torch.equal(*task._top) and torch.equal(*task._ranks)
+    for first, second in zip(*task._tested, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_constant_scorer_gets_chance_not_one(data) -> None:

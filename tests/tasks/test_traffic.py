@@ -1,11 +1,14 @@
 """The traffic task: loss, training on a small generated road network, attention keys, prediction from CSV."""
 
 import json
+import os
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from data import create_data
 from data.sampler import BatchKey
@@ -75,6 +78,48 @@ def test_hidden_inputs_are_marked_as_missing(roads):
     assert (hidden["target"] == batch["target"]).all() and batch["history_seen"].any(1).all()
     with pytest.raises(ConfigError, match=r"hide_looks=1\.5"):
         Traffic(task.model, roads, hide_looks=1.5)
+
+
+def test_figures_of_two_processes_show_every_window_in_order(roads, tmp_path, monkeypatch):
+    task = make_task(roads, "stid").eval()
+    drawn = []
+    monkeypatch.setattr("tasks._traffic_figures.draw", lambda *args: drawn.append(args[3:]))
+
+    def figures():
+        task.on_test_epoch_start()
+        with torch.no_grad():
+            for batch in roads.test_dataloader():
+                task.update_metrics(batch, task.metrics["test"], "test")
+        task.figures(tmp_path)
+
+    def two(rank):
+        torch.set_num_threads(1)  # more do not survive a fork
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        figures()
+        one, both = drawn
+        assert len(roads.test_dataloader().sampler.order()) < len(one[0]) == len(both[0])
+        for expected, found in zip(one, both, strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    figures()
+    assert forked(two, 2) == [0, 0]
+
+
+def forked(work, processes):
+    """Exit statuses of `work(rank)` in processes of their own; an exception is 1."""
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            try:
+                work(rank)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def test_a_run_beats_persistence_and_reports_by_step(tmp_path, capsys):
