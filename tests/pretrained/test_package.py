@@ -72,12 +72,20 @@ def test_interval_over_seeds_is_students(tmp_path):
     assert (low + high) / 2 == pytest.approx(0.92) and (high - low) / 2 == pytest.approx(
         4.302653 * 0.02 / math.sqrt(3)
     )
+    assert read_card(path)["interval"]["method"] == "mean over 3 seeds, Student's t"
+    rounded = package(run(tmp_path / "run"), tmp_path / "weights", seeds=others, storage="half")
+    assert read_card(rounded)["interval"]["method"].endswith("Student's t, before rounding")
     with pytest.raises(WeightsError, match="a seed occurs twice"):
         package(run(tmp_path / "run"), tmp_path / "weights", seeds=[tmp_path / "run"])
     other = run(tmp_path / "other", seed=3, config={"data": {"name": "digits", "batch_size": 7}})
     mine = run(tmp_path / "run", config={"data": {"name": "digits", "batch_size": 8}})
     with pytest.raises(WeightsError, match="seed alone; here differs data.batch_size"):
         package(mine, tmp_path / "weights", seeds=[other])
+    split = {"name": "digits", "split": {"sizes": {"test": 400}, "sha256": {"test": "other"}}}
+    with pytest.raises(WeightsError, match="here differs the test split, test metric loss"):
+        package(
+            mine, tmp_path / "weights", seeds=[run(tmp_path / "4", metrics={"accuracy": 1.0}, data=split)]
+        )
 
 
 def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):

@@ -63,6 +63,8 @@ def package(
         card["preprocessing"].pop(key)
     card["command"] = clean_command(card["command"])
     card["interval"] = intervals(card, [read_card(other / "weights.safetensors") for other in seeds])
+    if seeds and storage != "full":  # the other seeds are not rounded
+        card["interval"]["method"] += ", before rounding"
     card["storage"] = storage
     parameters = {name for name, _ in build_from_card(card).named_parameters()}
     entries = encode(read_tensors(source, card["sha256"]), storage, parameters)
@@ -103,6 +105,9 @@ def intervals(card: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ())
         for other in others:
             wrong = [key for key in ("model", "slots") if other[key] != card[key]]
             wrong += differences([card.get("config", {}), other.get("config", {})])
+            splits = ((run["data"]["split"].get("sha256") or {}).get("test") for run in (card, other))
+            wrong += ["the test split"] if len({*splits}) > 1 else []
+            wrong += [f"test metric {m}" for m in card["metrics"].keys() - other["metrics"].keys()]
             if wrong:
                 raise WeightsError(
                     "runs for the interval must differ from the packaged one in their seed alone; here differs "
