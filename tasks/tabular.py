@@ -57,8 +57,9 @@ class _TabularTask(ZooTask):
                 weights = counts.sum() / (len(counts) * counts.clamp(min=1))
             self.register_buffer(f"class_weights_{i}", weights, persistent=False)
         if hasattr(model, "set_bank"):  # training rows that predictions look at; the split's order is random
-            rows = data.dataset("train")[BatchKey(np.arange(min(1024, len(data.dataset("train")))), -1, 0)]
-            model.set_bank(rows["numerical"], rows["categorical"], rows.get("missing"))
+            train = data.dataset("train")
+            rows = train[BatchKey(np.arange(min(model.bank_size, len(train))), -1, 0)]
+            model.set_bank(rows["numerical"], rows["categorical"], rows.get("missing"), rows["target"])
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -68,7 +69,8 @@ class _TabularTask(ZooTask):
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, S], or [B, k, S] of a model with k members; S = all targets' outputs."""
-        return self.model(batch["numerical"], batch["categorical"], batch.get("missing"))
+        own = {"own": batch["index"]} if self.training and getattr(self.model, "hides_own", False) else {}
+        return self.model(batch["numerical"], batch["categorical"], batch.get("missing"), **own)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         out = self.logits(batch)

@@ -18,6 +18,7 @@ SMALL = {
     "tabnsa": {"dim": 16, "depth": 2, "num_heads": 2, "mixer_hidden": 12},
     "multitab": {"dim": 16, "depth": 2, "num_heads": 2, "bank_size": 8, "mlp_hidden": 16},
     "tabm": {"members": 3, "dim": 16, "depth": 2, "embedding_dim": 4},
+    "tabr": {"dim": 16, "embedding_dim": 4, "neighbors": 3, "bank_size": 8, "encoder_depth": 1},
     "tab_mlp": {"dim": 16, "depth": 2, "embedding_dim": 4},
 }
 
@@ -35,8 +36,14 @@ def build(name, **options):
         for p in model.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=g))
     if hasattr(model, "set_bank"):
-        model.set_bank(*rows(8, seed=5))
+        model.set_bank(*rows(8, seed=5), labels(8))
     return model
+
+
+def labels(n, seed=0):
+    """A value and one of three classes."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.stack((torch.randn(n, generator=g), torch.randint(3, (n,), generator=g).float()), 1)
 
 
 # ---------------------------------------------------------------- embeddings
@@ -258,16 +265,48 @@ def test_rows_in_batch_mode_permute_and_depend_on_each_other():
     assert not torch.allclose(model(*(t[:3] for t in inputs)), out[:3], atol=1e-4)
 
 
-def test_the_bank_decides_travels_with_the_weights_and_must_be_filled():
-    model = build("multitab")
+@pytest.mark.parametrize("name", ["multitab", "tabr"])
+def test_the_bank_decides_travels_with_the_weights_and_must_be_filled(name):
+    model = build(name)
     before = model(*rows())
-    other = create_model("multitab", **{**SIZES, **SMALL["multitab"]}).eval()
+    other = create_model(name, **{**SIZES, **SMALL[name]}).eval()
     with pytest.raises(ConfigError, match="set_bank"):
         other(*rows())
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(*rows()), before)
-    other.set_bank(*rows(8, seed=9))
+    other.set_bank(*rows(8, seed=9), labels(8))
     assert not torch.allclose(other(*rows()), before, atol=1e-4)
+
+
+def test_tabr_looks_at_the_nearest_rows_as_the_paper_says():
+    model = build("tabr").double()
+    inputs = [t.double() if t.is_floating_point() else t for t in rows()]
+    keys, values = model._bank()
+    x = model._encode(*inputs)
+    expected = []
+    for row, k in zip(x, model.key(x), strict=True):
+        near = (keys - k).square().sum(1).argsort()[:3]
+        weights = (-(keys[near] - k).square().sum(1)).softmax(0)
+        lookup = model.lookup
+        shifted = lookup.shift(lookup.difference(k - keys[near]).relu())
+        expected.append(row + (weights[:, None] * (values[near] + shifted)).sum(0))
+    y = torch.stack(expected)
+    torch.testing.assert_close(model(*inputs), model.head(y + model.blocks[0](y)))
+
+
+def test_tabr_never_sees_a_rows_own_target():
+    model = build("tabr")
+    inputs = rows(8, seed=5)  # the bank's own rows
+    own = torch.arange(8)
+    hidden, seen = model(*inputs, own), model(*inputs)
+    model.bank_targets[2] += 1.0 - 2 * (model.bank_targets[2, 1] > 1) * torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(model(*inputs, own)[2], hidden[2], rtol=0, atol=0)
+    assert not torch.allclose(model(*inputs)[2], seen[2], atol=1e-4)
+    few = create_model("tabr", **{**SIZES, **SMALL["tabr"], "neighbors": 96}).eval()
+    few.set_bank(*rows(3, seed=5), labels(3))  # fewer rows than neighbours
+    assert few(*inputs).isfinite().all() and few(*rows(3, seed=5), own[:3]).isfinite().all()
+    with pytest.raises(ConfigError, match="no targets"):
+        few.set_bank(*rows(3))
 
 
 def test_attention_over_rows_is_no_identity():

@@ -162,6 +162,21 @@ def test_the_members_losses_are_averaged_not_the_loss_of_their_mean(tmp_path):
     torch.testing.assert_close(task.target_loss(0, out, truth), expected)
 
 
+def test_retrieval_hides_a_rows_own_target_in_training_only(tmp_path):
+    data = make_data(tmp_path, "price")
+    options = {"dropout": 0.0, "context_dropout": 0.0, "unknown_rate": 0.0, "neighbors": 4, "dim": 16}
+    model = create_model("tabr", **options, **data.model_arguments())
+    task = TabularTask(model, data)
+    assert int(model.bank_rows) == len(data.dataset("train"))
+    batch = next(iter(data.train_dataloader()))
+    own = batch["index"][:1]
+    before = [task.train(mode).logits(batch)[0].detach() for mode in (True, False)]
+    model.bank_targets[own] += 5
+    train, evaluation = (task.train(mode).logits(batch)[0].detach() for mode in (True, False))
+    torch.testing.assert_close(train, before[0], rtol=0, atol=0)
+    assert not torch.allclose(evaluation, before[1], atol=1e-4)
+
+
 def test_permutation_importance_finds_the_columns_that_matter(tmp_path):
     data = make_data(tmp_path, "price")
     model = create_model("tab_mlp", dim=32, depth=1, **data.model_arguments())
@@ -268,7 +283,9 @@ def test_yaml_equals_the_signature(name):
     assert given == plain
 
 
-@pytest.mark.parametrize("name", ["ft_transformer", "tabnsa", "tabm", "tab_mlp", "multitab", "transtee"])
+@pytest.mark.parametrize(
+    "name", ["ft_transformer", "tabnsa", "tabm", "tabr", "tab_mlp", "multitab", "transtee"]
+)
 def test_model_yaml_equals_the_signature(name):
     from omegaconf import OmegaConf
 

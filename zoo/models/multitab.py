@@ -141,6 +141,7 @@ class MultiTab(nn.Module):
         self.networks = nn.ModuleList(
             MultiTab(attention, outputs=[o], **options) for o in (outputs if separate else ())
         )
+        self.bank_size = bank_size
         if separate:
             return
         self.tokens = FeatureTokens(
@@ -213,8 +214,14 @@ class MultiTab(nn.Module):
         nn.init.normal_(self.task_tokens, std=self.task_tokens.shape[-1] ** -0.5)
 
     @torch.no_grad()
-    def set_bank(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> None:
-        """Fix the training rows that predictions look at; no more than `bank_size` are kept."""
+    def set_bank(
+        self,
+        numerical: Tensor,
+        categorical: Tensor,
+        missing: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        """Fix the training rows that predictions look at; no more than `bank_size` are kept, and their targets not at all."""
         for network in self.networks:
             network.set_bank(numerical, categorical, missing)
         if self.networks or not self.inter_sample:

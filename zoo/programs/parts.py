@@ -205,7 +205,8 @@ def _table(model: nn.Module, p: dict[str, Any]) -> list[Part]:
         model = copy.deepcopy(model)
         for network in model.modules():
             if hasattr(network, "bank_rows"):
-                given = network._bank().detach()
+                with torch.no_grad():
+                    given = network._bank()
                 network._bank = lambda bank=given: bank
 
     def draw(batch: int, _: int) -> Inputs:

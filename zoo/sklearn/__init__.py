@@ -28,7 +28,7 @@ class TabularClassifier(ClassifierMixin, TabularEstimator):
 
     Args:
         attention: Variant's name, or a mapping with `name` and its options.
-        model: A tabular model: ft_transformer, tabnsa, multitab, tabm, tab_mlp.
+        model: A tabular model: ft_transformer, tabnsa, multitab, tabm, tabr, tab_mlp.
         model_options: The model's own options, e.g. {"dim": 32}.
         allow_order: Let order-dependent variants use the order of the columns.
         categorical_features: Columns (names of a DataFrame) that hold categories although they look like numbers;

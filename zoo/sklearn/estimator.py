@@ -94,7 +94,8 @@ class TabularEstimator(BaseEstimator):
             torch.manual_seed(seed)
             self.model_ = self._build()
             if hasattr(self.model_, "set_bank"):
-                self.model_.set_bank(*(t[train[:1024]] for t in tensors[:3]))
+                rows = train[: self.model_.bank_size]
+                self.model_.set_bank(*(t[rows] for t in tensors[:3]), tensors[3][rows, None])
             recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
             self.model_, self.history_ = fit_network(
                 self.model_, tensors, torch.from_numpy(train), torch.from_numpy(val), target, recipe

@@ -63,10 +63,10 @@ def fit_network(
     history: list[dict[str, float]] = []
     for epoch in range(recipe.epochs):
         model.train()
-        order = train[torch.randperm(len(train))]
-        for start in range(0, len(order), recipe.batch_size):
-            rows = order[start : start + recipe.batch_size]
-            loss = _loss(model(*(t[rows] for t in tensors[:3])), tensors[3][rows], target)
+        for own in torch.randperm(len(train)).split(recipe.batch_size):
+            rows = train[own]
+            hidden = {"own": own} if getattr(model, "hides_own", False) else {}
+            loss = _loss(model(*(t[rows] for t in tensors[:3]), **hidden), tensors[3][rows], target)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
