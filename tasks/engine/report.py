@@ -43,6 +43,10 @@ def console() -> Console:
 
 
 def print_slots(task: str, factories: Mapping[str, AttentionFactory]) -> None:
+    """What fills each place of the model that takes attention."""
+    if not factories:
+        console().print(f"the model of task {task} has no attention slots: attention= changes nothing")
+        return
     table = Table(title=f"attention slots of task {task}", title_justify="left")
     for column in ("slot", "pattern", "attention", "note"):
         table.add_column(column)
@@ -58,8 +62,9 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     table.add_column("model")
     for metric in metrics:
         table.add_column(metric, justify="right")
+    filled = f" ({result['attention']})" if result["slots"] else ""
     table.add_row(
-        f"[bold]{result['model']} ({result['attention']})[/bold]",
+        f"[bold]{result['model']}{filled}[/bold]",
         *(_number(result["test"][m]) for m in metrics),
     )
     for name, scores in result["baselines"].items():
