@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tasks.engine.cli import continued, explain, list_names, merge_resumed, run_folder, sweep_status
+from tasks.engine.cli import explain, list_names, sweep_status
+from tasks.engine.resume import continued, merge_resumed, run_folder
 
 OmegaConf.register_new_resolver("run_folder", run_folder)
 

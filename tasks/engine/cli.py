@@ -1,9 +1,8 @@
-"""What `train.py` says to its user: lists of names, resumed configurations, short errors."""
+"""What `train.py` says to its user: lists of names, how a sweep went, short errors."""
 
 from __future__ import annotations
 
 import errno
-import json
 import re
 import signal
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from zoo.errors import CapabilityError, ConfigError, ZooError, closest
+from zoo.errors import CapabilityError, ZooError, closest
 
 CONF = Path(__file__).parents[2] / "conf"
-AUTO = "auto"  # resume=auto
 
 
 class RememberSweep(Callback):
@@ -55,15 +53,6 @@ def sweep_status(status: int, error: BaseException | None) -> int:
     return status or 1
 
 
-def run_folder(resume: str | None, fresh: str) -> str:
-    """Resolver `run_folder`: the folder to continue, or a fresh one."""
-    if not resume or resume == AUTO:
-        return fresh
-    if not (Path(resume) / "config.yaml").exists():
-        raise ConfigError(f"resume={resume}: no run there (config.yaml is missing); give a run folder")
-    return str(Path(resume).resolve())
-
-
 def choices(group: str) -> list[str]:
     """Names in a configuration group."""
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
@@ -78,47 +67,6 @@ def list_names(groups: list[str]) -> int:
             return 2
         print(f"{group}: {', '.join(choices(group))}")
     return 0
-
-
-def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """With resume=FOLDER the configuration stored there counts, changed only by plain values given now."""
-    if not cfg.resume or cfg.resume == AUTO:
-        return cfg
-    resumed = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    groups = {p.name for p in CONF.iterdir() if p.is_dir()}
-    changes = [o for o in overrides if "=" in o and o.split("=")[0].split("@")[0] not in groups | {"resume"}]
-    merged = OmegaConf.merge(resumed, OmegaConf.from_dotlist([o.lstrip("+") for o in changes]))
-    merged.resume = cfg.resume
-    return merged
-
-
-def continued(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any] | None]:
-    """With resume=auto: the configuration that goes on with what `folder` holds, and its result if it is finished.
-
-    Raises:
-        ConfigError: The folder holds another configuration's run.
-    """
-    if cfg.resume != AUTO:
-        return cfg, None
-    cfg.resume = None
-    stored = folder / "config.yaml"
-    if not stored.exists():
-        return cfg, None
-    old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(stored), cfg))
-    for key in ("resume", "sweep"):
-        old.pop(key, None), new.pop(key, None)
-    if cfg.get("sweep"):  # the search chose this one
-        old["task"].pop("lr"), new["task"].pop("lr")
-    different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if different:
-        raise ConfigError(
-            f"resume=auto: {folder} holds a run with another configuration ({', '.join(different)} differ); choose another folder"
-        )
-    if (folder / "result.json").exists():
-        return cfg, json.loads((folder / "result.json").read_text())
-    if (folder / "checkpoints" / "last.ckpt").exists():
-        cfg.resume = str(folder)
-    return cfg, None
 
 
 def explain(error: BaseException) -> int:

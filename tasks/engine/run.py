@@ -23,12 +23,12 @@ from tasks.engine.folder import (
     git_commit,
     is_main_process,
     versions,
-    write_atomic,
     write_json,
 )
 from tasks.engine.memory import is_out_of_memory, remembered, smaller_batch
 from tasks.engine.protocol import Budget, describe, settle
 from tasks.engine.report import print_result, print_slots
+from tasks.engine.resume import write_config
 from tasks.engine.sharding import load_whole_state, make_whole, whole_state
 from tasks.engine.trainer import build_trainer
 from zoo.attention.slots import AttentionFactory, slot_table
@@ -92,12 +92,12 @@ def draw(task: ZooTask, folder: Path) -> list[Path]:
 
 def train(cfg: DictConfig, folder: Path) -> Fitted:
     """Fit what `cfg` describes; when memory runs out, go on with half the batch, accumulated to the same step."""
+    if is_main_process():
+        write_config(cfg, folder)
     keep = bool(cfg.resume)
     if keep:
         cfg = remembered(cfg, folder)
     while True:
-        if not keep and is_main_process():
-            write_atomic(folder / "config.yaml", lambda p, c=cfg: OmegaConf.save(c, p, resolve=True))
         try:
             return _train_once(cfg, folder, keep)
         except RuntimeError as error:
@@ -218,7 +218,7 @@ def make_card(
         "command": result["command"],
         "versions": result["versions"],
         "git": result["git"],
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": OmegaConf.to_container(cfg, resolve=True) | {"resume": None},
         **task.card(),
     }
 
