@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from tasks.engine.sharding import make_whole, shard, share_again
+from tasks.optimizers.muon import Muon, split_matrices
 from zoo.attention.base import Attention
 from zoo.errors import ConfigError
 
@@ -30,6 +31,7 @@ class ZooTask(L.LightningModule):
     Args:
         model: The network.
         data: The data module; set up already.
+        optimizer: "adamw", or "muon" for the weights of hidden layers and AdamW for the rest, see `tasks.optimizers.muon`.
         lr: Peak learning rate, > 0.
         weight_decay: AdamW's decay for matrices; biases, norms and embeddings have none.
         betas: AdamW's moment decays.
@@ -56,6 +58,7 @@ class ZooTask(L.LightningModule):
         model: nn.Module,
         data: Any,
         *,
+        optimizer: str = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -74,12 +77,14 @@ class ZooTask(L.LightningModule):
             raise ConfigError(f"task.min_lr_fraction={min_lr_fraction} is outside [0, 1]")
         if not 0 <= warmup_fraction < 1:
             raise ConfigError(f"task.warmup_fraction={warmup_fraction} is outside [0, 1)")
+        if optimizer not in ("adamw", "muon"):
+            raise ConfigError(f"task.optimizer={optimizer!r}: choose adamw or muon")
         if schedule not in ("cosine", "constant"):
             raise ConfigError(f"task.schedule={schedule!r}: choose cosine or constant")
         self.model = model
         # Not a submodule and not part of any copy or checkpoint: a plain reference.
         self.__dict__["data"] = data
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, tuple(betas)
+        self.optimizer, self.lr, self.weight_decay, self.betas = optimizer, lr, weight_decay, tuple(betas)
         self.warmup_fraction, self.schedule, self.min_lr_fraction = warmup_fraction, schedule, min_lr_fraction
         self.auxiliary_weight = auxiliary_weight
         # Set by the protocol of a comparison: share of `total_steps` that is run, or the share of a time budget used.
@@ -202,9 +207,11 @@ class ZooTask(L.LightningModule):
         return min(1.0, self.global_step / self._steps)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.weight_decay), lr=self.lr, betas=self.betas, fused=True
-        )
+        groups = parameter_groups(self.model, self.weight_decay)
+        if self.optimizer == "muon":
+            optimizer = Muon(split_matrices(groups, self.model), lr=self.lr, betas=self.betas)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
         # On a budget of time the rate follows the clock, in thousandths.
         total = 1000 if self.clock else self.total_steps()
         warmup = int(self.warmup_fraction * total)

@@ -55,12 +55,14 @@ def test_prefix_scores_equal_brute_force(prefix):
     torch.manual_seed(1)
     log_probs = torch.randn(5, 4).double().log_softmax(-1)
     total = brute(log_probs)
-    scorer = CtcPrefix(log_probs, END)
-    states, last = scorer.start()[None], torch.tensor([-1])
+    padded = torch.nn.functional.pad(log_probs, (0, 0, 0, 3))  # what stands behind the end does not count
+    scorer = CtcPrefix(torch.stack((padded, padded.roll(1, 1))), torch.tensor([5, 8]), END)
+    states, last = scorer.start()[:, None], torch.full((2, 1), -1)
     for token in prefix:
-        _, new = scorer.extend(states, last)
-        states, last = new[:, token], torch.tensor([token])
-    scores, _ = scorer.extend(states, last)
+        _, new = scorer.extend(states, last, torch.full((2, 1, 1), token))
+        states, last = new[:, :, 0], torch.full((2, 1), token)
+    scores, _ = scorer.extend(states, last, torch.arange(4).expand(2, 1, 4))
+    scores = scores[0]
     for token in (1, 3):
         assert float(scores[0, token]) == pytest.approx(prefix_score(total, (*prefix, token)), abs=1e-9)
     assert float(scores[0, END]) == pytest.approx(total[prefix], abs=1e-9)

@@ -94,6 +94,25 @@ def test_weights_of_shared_parameters_load_anywhere(runs):
     assert predictor.card["metrics"]["accuracy"] > 0.1
 
 
+@pytest.mark.slow
+def test_muon_sees_whole_matrices(tmp_path):
+    """An epoch with parameters shared out, stopped and resumed for another, ends where one process does."""
+    muon = [*COMMON, "task.optimizer=muon"]
+    done = start(
+        (1, [*muon, "data.batch_size=64", f"hydra.run.dir={tmp_path}/one"]),
+        (2, [*muon, *TWO, "trainer=fsdp", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}/fsdp"]),
+        (2, [f"resume={tmp_path}/fsdp", "trainer.max_epochs=2"]),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for n in ("one", "fsdp")
+    )
+    for name, tensor in one.items():
+        # The iteration makes equal what is rounding noise and what is not; a step is up to 4e-4.
+        assert (tensor - two[name]).square().mean().sqrt() < 2e-3, name
+
+
 @pytest.mark.parametrize(
     "overrides, text",
     [

@@ -184,6 +184,26 @@ def test_wider_beam_scores_no_worse():
     assert bool((wide >= narrow - 1e-5).all())
 
 
+@pytest.mark.parametrize("options", [{}, {"ctc_weight": 0.3}, {"ctc_weight": 1.0, "length_penalty": 0.6}])
+def test_beams_do_not_see_their_neighbours(options):
+    """Every utterance gets the sentence and the score that it gets alone, however long its neighbours are."""
+    model = make()
+    memory, count = model.encode(*sound(3000, 1200, 2400))
+    together = beam_search(model, memory, count, beam=3, **options)
+    for i, n in enumerate(count.tolist()):
+        alone = beam_search(model, memory[i : i + 1, :n], count[i : i + 1], beam=3, **options)
+        assert alone.tokens[0] == together.tokens[i]
+        torch.testing.assert_close(alone.scores[0], together.scores[i])
+
+
+def test_few_candidates_are_those_that_the_decoder_likes():
+    model = make()
+    memory, count = model.encode(*sound(3000, 1200))
+    everything = beam_search(model, memory, count, beam=3, candidates=model.vocab_size)
+    assert beam_search(model, memory, count, beam=3, candidates=4).tokens == everything.tokens
+    assert beam_search(model, memory, count, beam=3).tokens == everything.tokens
+
+
 def test_relative_positions():
     """The bias is Transformer-XL's: equal to adding position vectors to the keys, offset by offset."""
     model = make("firered_aed", encoder_layers=1)

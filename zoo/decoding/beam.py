@@ -14,6 +14,8 @@ from zoo.decoding.greedy import Hypotheses, forbid, token_limit
 from zoo.errors import ConfigError
 from zoo.models._speech import BOS, EOS, SpeechModel
 
+NEVER = float("-inf")
+
 
 @torch.no_grad()
 def beam_search(
@@ -26,8 +28,9 @@ def beam_search(
     length_penalty: float = 0.0,
     temperature: float = 1.0,
     limit: Tensor | None = None,
+    candidates: int | None = None,
 ) -> Hypotheses:
-    """Best sentence of a beam, each utterance by itself.
+    """Best sentence of a beam, all utterances at once; none is influenced by its neighbours.
 
     Args:
         model: In evaluation mode.
@@ -38,90 +41,97 @@ def beam_search(
         length_penalty: Exponent of GNMT's ((5 + length) / 6) that final scores are divided by; 0 for none.
         temperature: Divides the decoder's logits.
         limit: Most tokens of each sentence; `token_limit` when left out.
+        candidates: Tokens that each hypothesis is extended by, those that the decoder likes best (and the end); twice the beam
+            when left out. CTC scores cost in proportion.
     """
     if beam < 1 or not 0 <= ctc_weight <= 1 or temperature <= 0:
         raise ConfigError(f"beam={beam} must be >= 1, ctc_weight={ctc_weight} in [0, 1], temperature > 0")
     limit = token_limit(lengths) if limit is None else limit
-    found = []
-    for i in range(len(memory)):
-        n = int(lengths[i])
-        found.append(
-            _search(
-                model, memory[i : i + 1, :n], int(limit[i]), beam, ctc_weight, length_penalty, temperature
-            )
-        )
-    return Hypotheses(
-        [tokens for tokens, _, _ in found],
-        memory.new_tensor([score for _, score, _ in found]),
-        torch.tensor([cut for _, _, cut in found], dtype=torch.bool, device=memory.device),
-    )
+    if not memory.shape[1] or not len(memory):
+        return Hypotheses([[] for _ in memory], memory.new_zeros(len(memory)), limit < 0)
+    search = _Search(model, memory, lengths, limit, beam, ctc_weight, length_penalty, temperature)
+    count = min(candidates or 2 * beam, model.vocab_size)
+    while search.going():
+        search.advance(count)
+    return search.result()
 
 
-def _search(
-    model: SpeechModel,
-    memory: Tensor,
-    limit: int,
-    beam: int,
-    ctc_weight: float,
-    length_penalty: float,
-    temperature: float,
-) -> tuple[list[int], float, bool]:
-    if memory.shape[1] == 0:
-        return [], 0.0, False
-    device = memory.device
-    state = model.init_state(memory, torch.tensor([memory.shape[1]], device=device))
-    token = torch.tensor([BOS], device=device)
-    decoder_score = memory.new_zeros(1)
-    prefixes: list[list[int]] = [[]]
-    ctc = CtcPrefix(model.ctc_logits(memory)[0].log_softmax(-1), EOS) if ctc_weight else None
-    ctc_states = ctc.start()[None] if ctc else None
-    ended: list[tuple[float, list[int]]] = []
-    for length in range(limit + 1):
-        logits, state = model.step(token, state)
-        attention = decoder_score[:, None] + (forbid(logits) / temperature).log_softmax(-1)
+class _Search:
+    """K hypotheses of each utterance on their way; a score of minus infinity marks one that has ended."""
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        memory: Tensor,
+        lengths: Tensor,
+        limit: Tensor,
+        beam: int,
+        ctc_weight: float,
+        length_penalty: float,
+        temperature: float,
+    ) -> None:
+        b, device = len(memory), memory.device
+        self.model, self.limit, self.beam = model, limit, beam
+        self.ctc_weight, self.length_penalty, self.temperature = ctc_weight, length_penalty, temperature
+        rows = torch.arange(b, device=device).repeat_interleave(beam)
+        self.state = reorder_state(model.init_state(memory, lengths), rows)
+        self.decoder_score = memory.new_full((b, beam), NEVER)
+        self.decoder_score[:, 0] = 0.0  # one empty prefix
+        self.prefixes = torch.full((b, beam, 1), BOS, device=device)
+        self.ctc, self.ctc_state = None, None
+        if ctc_weight:
+            frames = lengths * model.ctc_per_place
+            self.ctc = CtcPrefix(model.ctc_logits(memory).log_softmax(-1), frames, EOS)
+            self.ctc_state = self.ctc.start()[:, None].expand(-1, beam, -1, -1)
+        self.best = memory.new_full((b,), NEVER)
+        self.sentences: list[list[int]] = [[] for _ in range(b)]
+
+    def going(self) -> bool:
+        return bool((self.decoder_score > NEVER).any())
+
+    def advance(self, candidates: int) -> None:
+        """Extend every hypothesis by one token and keep the best of each utterance."""
+        b, length = len(self.best), self.prefixes.shape[2] - 1
+        last = self.prefixes[..., -1]
+        logits, self.state = self.model.step(last.flatten(), self.state)
+        log_probs = (forbid(logits) / self.temperature).log_softmax(-1).unflatten(0, (b, -1))
+        likely = log_probs.index_fill(-1, torch.tensor(EOS, device=log_probs.device), float("inf"))
+        tokens = likely.topk(candidates).indices  # [B, K, candidates], the end always among them
+        attention = self.decoder_score[..., None] + log_probs.gather(-1, tokens)
         total = attention
-        if ctc:
-            last = torch.tensor([p[-1] if p else -1 for p in prefixes], device=device)
-            ctc_score, extended = ctc.extend(ctc_states, last)
-            total = (1 - ctc_weight) * attention + ctc_weight * ctc_score.to(attention)
-            total = total.masked_fill(attention == float("-inf"), float("-inf"))
-        vocabulary = total.shape[1]
-        if length == limit:  # no more room: every hypothesis ends here
-            values = total[:, EOS].tolist()
-            ended += [
-                (_normal(v, length + 1, length_penalty), p) for v, p in zip(values, prefixes, strict=True)
-            ]
-            break
-        values, flat = total.flatten().topk(min(beam, total.numel()))
-        rows, tokens = flat // vocabulary, flat % vocabulary
-        going = []
-        for j, (value, row, t) in enumerate(
-            zip(values.tolist(), rows.tolist(), tokens.tolist(), strict=True)
-        ):
-            if value == float("-inf"):
-                continue
-            if t == EOS:
-                ended.append((_normal(value, length + 1, length_penalty), prefixes[row]))
-            else:
-                going.append(j)
-        if not going:
-            break
-        best_end = max((s for s, _ in ended), default=float("-inf"))
-        bound = _normal(
-            float(values[going[0]]), limit + 1 if length_penalty > 0 else length + 1, length_penalty
-        )
-        if ended and bound <= best_end:  # no continuation can score better
-            break
-        index = torch.tensor(going, device=device)
-        rows, token = rows[index], tokens[index]
-        prefixes = [[*prefixes[r], t] for r, t in zip(rows.tolist(), token.tolist(), strict=True)]
-        decoder_score = attention[rows, token]
-        if ctc:
-            ctc_states = extended[rows, token]
-        state = reorder_state(state, rows)
-    score, tokens = max(ended, key=lambda e: e[0], default=(float("-inf"), prefixes[0]))
-    return tokens, score, len(tokens) >= limit
+        if self.ctc:
+            ctc_score, extended = self.ctc.extend(self.ctc_state, last.masked_fill(last == BOS, -1), tokens)
+            total = (1 - self.ctc_weight) * attention + self.ctc_weight * ctc_score.to(attention)
+            total = total.masked_fill(attention == NEVER, NEVER)
+        # At its limit an utterance may only end.
+        total = total.masked_fill((tokens != EOS) & (length >= self.limit)[:, None, None], NEVER)
+        values, flat = total.flatten(1).topk(self.beam)
+        self._end(values, flat, tokens, length)
+        parents, token = flat // candidates, tokens.flatten(1).gather(1, flat)
+        gone = (token == EOS) | self._hopeless(values.masked_fill(token == EOS, NEVER), length)[:, None]
+        self.decoder_score = attention.flatten(1).gather(1, flat).masked_fill(gone | (values == NEVER), NEVER)
+        utterances = torch.arange(b, device=flat.device)[:, None]
+        self.prefixes = torch.cat((self.prefixes[utterances, parents], token[..., None]), -1)
+        if self.ctc:
+            self.ctc_state = extended.flatten(1, 2)[utterances, flat]
+        self.state = reorder_state(self.state, (utterances * self.beam + parents).flatten())
 
+    def _end(self, values: Tensor, flat: Tensor, tokens: Tensor, length: int) -> None:
+        """Note sentences that end here and are better than those that ended before."""
+        ends = tokens.flatten(1).gather(1, flat) == EOS
+        score, place = self._normal(values.masked_fill(~ends, NEVER), length + 1).max(1)
+        for i in (score > self.best).nonzero()[:, 0].tolist():
+            self.best[i] = score[i]
+            self.sentences[i] = self.prefixes[i, flat[i, place[i]] // tokens.shape[2], 1:].tolist()
 
-def _normal(score: float, length: int, penalty: float) -> float:
-    return score / ((5 + length) / 6) ** penalty if penalty else score
+    def _hopeless(self, values: Tensor, length: int) -> Tensor:
+        """Utterances of which no longer sentence can score better than the best that ended, bool [B]."""
+        longest = self.limit + 1 if self.length_penalty > 0 else length + 1
+        return self._normal(values.max(1).values, longest) <= self.best
+
+    def _normal(self, score: Tensor, length: int | Tensor) -> Tensor:
+        return score / ((5 + length) / 6) ** self.length_penalty if self.length_penalty else score
+
+    def result(self) -> Hypotheses:
+        cut = torch.tensor([len(s) for s in self.sentences], device=self.limit.device) >= self.limit
+        return Hypotheses(self.sentences, self.best, cut)

@@ -13,6 +13,7 @@ from zoo.errors import ConfigError
 
 BLANK = 0
 FIRST_TEXT = 3  # after padding, start and end
+_NEVER = -1e4  # log-probability; infinity would spoil differences of sums
 
 
 def ctc_greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
@@ -33,54 +34,63 @@ def ctc_greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
 
 
 class CtcPrefix:
-    """Probability of the frames starting with a prefix, extended by all tokens at once.
+    """Probability of the frames starting with a prefix, extended by several tokens at once.
 
     State of a hypothesis: log-probabilities of the frames 0 .. t emitting exactly the prefix, ending in its last
-    token (column 0) or in a blank (column 1), [M, 2].
+    token (row 0) or in a blank (row 1), [2, M].
 
     Args:
-        log_probs: Of one utterance, [M, vocabulary].
+        log_probs: [B, M, vocabulary].
+        lengths: Valid frames of each utterance, int [B].
         end: Token that ends a sentence.
     """
 
-    def __init__(self, log_probs: Tensor, end: int) -> None:
+    def __init__(self, log_probs: Tensor, lengths: Tensor, end: int) -> None:
         # Differences of sums over all frames: float32 would lose three digits.
-        self.log_probs, self.end = log_probs.double(), end
-        self._summed = self.log_probs.cumsum(0).T  # [V, M]
-        self._shifted = F.pad(self._summed, (1, 0))[:, :-1]
+        log_probs = log_probs.double()
+        # Behind the end all frames are blank: that changes no sentence's probability.
+        behind = torch.arange(log_probs.shape[1], device=lengths.device) >= lengths[:, None]
+        silence = log_probs.new_full((log_probs.shape[2],), _NEVER)
+        silence[BLANK] = 0.0
+        log_probs = torch.where(behind[..., None], silence, log_probs)
+        self.log_probs, self.end = log_probs.transpose(1, 2).contiguous(), end  # [B, V, M]
+        self._summed = self.log_probs.cumsum(-1)
 
     def start(self) -> Tensor:
-        """State of the empty prefix, [M, 2]."""
-        blank = self._summed[BLANK]
-        return torch.stack((torch.full_like(blank, float("-inf")), blank), -1)
+        """State of the empty prefix, [B, 2, M]."""
+        blank = self._summed[:, BLANK]
+        return torch.stack((torch.full_like(blank, float("-inf")), blank), 1)
 
-    def extend(self, states: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and states of every hypothesis extended by every token.
+    def extend(self, states: Tensor, last: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and states of hypotheses extended by tokens.
 
         Args:
-            states: [K, M, 2].
-            last: Last token of each hypothesis, -1 for the empty one, int [K].
+            states: [B, K, 2, M].
+            last: Last token of each hypothesis, -1 for the empty one, int [B, K].
+            tokens: What each one is extended by, int [B, K, V].
 
         Returns:
-            Log-probability of "starts with prefix + token" [K, vocabulary]; for the end token, of the prefix being all.
-            States of the extended hypotheses, [K, vocabulary, M, 2].
+            Log-probability of "starts with prefix + token" [B, K, V]; for the end token, of the prefix being all.
+            States of the extended hypotheses, [B, K, V, 2, M].
         """
-        emit, blank = states[..., 0], states[..., 1]  # [K, M]
+        utterance = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+        summed, log_probs = self._summed[utterance, tokens], self.log_probs[utterance, tokens]  # [B, K, V, M]
+        emit, blank = states.unbind(2)  # [B, K, M]
         either = torch.logaddexp(emit, blank)
         # A repeated token needs a blank between: only the paths that end in blank go on.
-        same = torch.arange(self.log_probs.shape[1], device=last.device) == last[:, None]  # [K, V]
-        before = torch.where(same[..., None], blank[:, None], either[:, None])[..., :-1]
-        first = torch.where(last == -1, 0.0, float("-inf")).to(before)[:, None, None].expand(*same.shape, 1)
-        arrive = torch.cat((first, before), -1)  # [K, V, M]: just before the new token's first frame
+        same = (tokens == last[..., None])[..., None]
+        before = torch.where(same, blank[:, :, None], either[:, :, None])[..., :-1]
+        first = torch.where(last == -1, 0.0, float("-inf")).to(before)[..., None, None]
+        # Just before the new token's first frame.
+        arrive = torch.cat((first.expand(*tokens.shape, 1), before), -1)
         # Staying on a token is a running product, so the recursion over frames is one cumulative sum.
-        new_emit = self._summed + torch.logcumsumexp(arrive - self._shifted, -1)
-        blanks = self._summed[BLANK]
-        new_blank = torch.full_like(new_emit, float("-inf"))
-        new_blank[..., 1:] = blanks[1:] + torch.logcumsumexp(new_emit[..., :-1] - blanks[:-1], -1)
-        total = torch.logsumexp(arrive + self.log_probs.T, -1)
-        total[:, self.end] = either[:, -1]
-        total[:, BLANK] = float("-inf")
-        return total, torch.stack((new_emit, new_blank), -1)
+        new_emit = summed + torch.logcumsumexp(arrive - F.pad(summed, (1, 0))[..., :-1], -1)
+        blanks = self._summed[:, None, None, BLANK]
+        new_blank = blanks[..., 1:] + torch.logcumsumexp(new_emit[..., :-1] - blanks[..., :-1], -1)
+        total = torch.logsumexp(arrive + log_probs, -1)
+        total = torch.where(tokens == self.end, either[..., -1:], total)
+        total = total.masked_fill(tokens == BLANK, float("-inf"))
+        return total, torch.stack((new_emit, F.pad(new_blank, (1, 0), value=float("-inf"))), -2)
 
 
 def forced_alignment(log_probs: Tensor, tokens: list[int]) -> list[tuple[int, int]]:
