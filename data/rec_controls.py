@@ -15,6 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from data.rec_metrics import CUTOFFS, count_above, ranking_metrics
+from data.sampler import EpochSampler
 
 if TYPE_CHECKING:
     from data.rec_base import SequenceData
@@ -72,10 +73,11 @@ def control_scores(data: SequenceData) -> dict[str, dict[str, float]]:
 
 
 def evaluate(data: SequenceData, split: str, scorer: Scorer) -> dict[str, float]:
-    """Mean metrics of a scorer over a split."""
+    """Mean metrics of a scorer over a split: all of it, also in one of several processes."""
     rows = []
-    for batch in data.loader(split):
-        history = History(batch, data.num_items)
+    dataset = data.dataset(split)
+    for key in EpochSampler(len(dataset), data.eval_batch_size, shuffle=False):
+        history = History(dataset[key], data.num_items)
         excluded = history.listed if data.exclude_seen else None
         above, tied = count_above(scorer(history), history.target, excluded)
         rows.append(ranking_metrics(above, tied, CUTOFFS))

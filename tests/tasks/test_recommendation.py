@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from data import create_data
+from data.rec_controls import control_scores
 from tasks.recommendation import Recommendation
+from tests.commands import forked
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError, DataError
 from zoo.models.registry import build_model, model_slots
@@ -105,6 +107,16 @@ def test_evaluation_equals_ranking_by_hand(data, tmp_path: Path) -> None:
     written = task.figures(tmp_path)
     assert [p.name for p in written] == ["ranking.png", "coverage.png"]
     assert all(p.stat().st_size > 5000 for p in written)
+
+
+def test_controls_see_every_user_in_each_of_two_processes(data, tmp_path: Path) -> None:
+    whole = control_scores(data)
+
+    def one_of_two(rank: int) -> None:
+        for name, scores in control_scores(data).items():
+            assert scores == pytest.approx(whole[name], abs=1e-9), name
+
+    assert forked(one_of_two, 2, tmp_path) == [0, 0]
 
 
 @torch.no_grad()

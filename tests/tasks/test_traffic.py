@@ -1,19 +1,16 @@
 """The traffic task: loss, training on a small generated road network, attention keys, prediction from CSV."""
 
 import json
-import os
-import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from data import create_data
 from data.sampler import BatchKey
 from tasks.traffic import Traffic, masked_mae
-from tests.commands import run
+from tests.commands import forked, run
 from zoo.attention.registry import list_attention
 from zoo.attention.slots import resolve_slots
 from zoo.errors import CapabilityError, ConfigError
@@ -92,9 +89,7 @@ def test_figures_of_two_processes_show_every_window_in_order(roads, tmp_path, mo
                 task.update_metrics(batch, task.metrics["test"], "test")
         task.figures(tmp_path)
 
-    def two(rank):
-        torch.set_num_threads(1)  # more do not survive a fork
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+    def one_of_two(rank):
         figures()
         one, both = drawn
         assert len(roads.test_dataloader().sampler.order()) < len(one[0]) == len(both[0])
@@ -102,24 +97,7 @@ def test_figures_of_two_processes_show_every_window_in_order(roads, tmp_path, mo
             np.testing.assert_allclose(found, expected, atol=1e-4)
 
     figures()
-    assert forked(two, 2) == [0, 0]
-
-
-def forked(work, processes):
-    """Exit statuses of `work(rank)` in processes of their own; an exception is 1."""
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if not child:
-            try:
-                work(rank)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert forked(one_of_two, 2, tmp_path) == [0, 0]
 
 
 def test_a_run_beats_persistence_and_reports_by_step(tmp_path, capsys):
