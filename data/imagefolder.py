@@ -182,14 +182,15 @@ class ImageFolderData(ZooData):
         return {split: [name for name, _ in items] for split, items in self._folder.files.items()}
 
     def data_hash(self) -> str:
-        """Hash of names, sizes, time stamps, classes and split; the pixels are not read for it."""
+        """Hash of names, sizes, time stamps, classes, split and preparation; the pixels are not read for it."""
         self.setup()
         rows = [
             f"{split}/{n}/{c}/{self._folder.sizes[n]}"
             for split in SPLITS
             for n, c in self._folder.files[split]
         ]
-        return hash_arrays(*self.labels, *rows, str(self.channels), baselines.VERSION)
+        prepared = repr({**self.preprocessing(), "size": THUMBNAIL})
+        return hash_arrays(*self.labels, *rows, prepared, str(self.split_seed), baselines.VERSION)
 
     def compute_baselines(self) -> dict[str, dict[str, float]]:
         """Majority class, and classical models on 16 x 16 pictures.

@@ -182,12 +182,23 @@ def finish(
     result["figures"] = [str(Path(f).relative_to(folder)) for f in figures]
     card = make_card(cfg, data, task, fitted.factories, result)
     save_tensors(folder / "weights.safetensors", tensors, card)
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_run_extras"):
-            logger.log_run_extras(figures, result, folder)
     write_json(folder / "result.json", result)
+    log_extras(trainer, figures, result, folder)
     print_result(result, folder)
     return result
+
+
+def log_extras(trainer: L.Trainer, figures: list[Path], result: dict[str, Any], folder: Path) -> None:
+    """Figures, tables and weights for the loggers that take them; one that fails costs the run nothing."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_run_extras"):
+            try:
+                logger.log_run_extras(figures, result, folder)
+            except Exception as error:
+                warnings.warn(
+                    f"{type(logger).__name__} did not take figures and weights ({type(error).__name__}: {error}); they are in {folder}",
+                    stacklevel=2,
+                )
 
 
 def load_best(task: ZooTask, path: Path) -> None:

@@ -67,14 +67,19 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_step(tmp_path, monkeypatch
     assert any("going on with 16" in str(w.message) for w in recwarn.list)
 
 
-def test_a_figure_that_fails_costs_nothing_else(tmp_path, monkeypatch):
+def test_figures_and_loggers_that_fail_cost_nothing_else(tmp_path, monkeypatch):
     from tasks.classification import Classification
+    from tasks.engine.csv_logger import MetricsCsv
 
-    def broken(self, folder):
+    def broken(*args):
         raise ValueError("no font")
 
     monkeypatch.setattr(Classification, "figures", broken)
-    with pytest.warns(UserWarning, match=r"could not be drawn \(ValueError: no font\)"):
+    monkeypatch.setattr(MetricsCsv, "log_run_extras", broken, raising=False)
+    with (
+        pytest.warns(UserWarning, match=r"could not be drawn \(ValueError: no font\)"),
+        pytest.warns(UserWarning, match="MetricsCsv did not take figures and weights"),
+    ):
         assert run("trainer.max_epochs=1", f"hydra.run.dir={tmp_path}") == 0
     assert json.loads((tmp_path / "result.json").read_text())["figures"] == []
     assert (tmp_path / "weights.safetensors").exists()

@@ -49,6 +49,9 @@ def test_task_options_and_unknown_ones(tmp_path, capsys):
     (tmp_path / "histories.txt").write_bytes(b"i1,i2\n\xff\xfe")
     assert main(["predict", weights, str(tmp_path / "histories.txt")]) == 2
     assert "as text with one history a line" in capsys.readouterr()[1]
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(tiny_weights("vit", tmp_path)), str(tmp_path / "empty")]) == 2
+    assert "empty: nothing there that weights of task 'vit' read" in capsys.readouterr()[1]
     assert main(["predict", str(tiny_weights("ctr", tmp_path)), "3:1", "--figures", str(tmp_path)]) == 2
     assert "have no figure" in capsys.readouterr()[1]
 

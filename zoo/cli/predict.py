@@ -41,6 +41,10 @@ def main(argv: list[str]) -> int:
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
     raws = list(predictor.inputs(inputs))
+    if not raws:
+        raise DataError(
+            f"{', '.join(inputs)}: nothing there that weights of task {predictor.card['task']!r} read"
+        )
     lines: list[str] = []
     table: list[dict[str, Any]] = []
     bad = 0
