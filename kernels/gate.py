@@ -14,8 +14,8 @@ float32 matrix instructions on AMD.
     def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]
 
 which yields one ``GateCase`` (``kernels/_common/targets.py``) per kernel and variant for "float16", "bfloat16" or "float32" and one head size.
-Take tile sizes from the same function that the launch uses; yield nothing for what the operation does not claim. Optional module
-constants ``GATE_DTYPES`` and ``GATE_DIMS`` replace the default lists below. Nothing else needs to be edited.
+Take tile sizes from the same function that the launch uses; yield nothing for what the operation does not claim. An optional module
+constant ``GATE_DTYPES`` replaces the list below; head sizes are those of ``kernels/_common/widths.py``, where the operation has a line.
 
 Results are cached by the hash of source, types, options and Triton version under ``ZOO_KERNEL_CACHE`` (default
 ``~/.cache/attention-zoo/kernels``). Several cases may give the same code (a head size cut into the same tiles, a type that a kernel does not
@@ -39,9 +39,9 @@ from pathlib import Path
 from kernels._common import compiling
 from kernels._common.compiling import Result, compile_case
 from kernels._common.targets import TARGETS, GateCase
+from kernels._common.widths import sizes
 
 DTYPES = ("float16", "bfloat16", "float32")
-DIMS = (16, 32, 64, 128)
 _STEMS = ("cases", "launch", "triton")
 
 
@@ -79,7 +79,7 @@ def keys_of(op: str, targets: list[str], dtypes: list[str] | None = None) -> lis
     out = []
     for name in targets:
         for dtype in dtypes or getattr(module, "GATE_DTYPES", DTYPES):
-            for dim in getattr(module, "GATE_DIMS", DIMS):
+            for dim in sizes(op, dtype):
                 for case in module.gate_cases(TARGETS[name], dtype, dim):
                     out.append(Key(op, name, dtype, dim, case.kernel.__name__, case.variant))
     doubles = [key for key, count in Counter(out).items() if count > 1]

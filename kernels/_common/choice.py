@@ -111,9 +111,9 @@ def choose(op: str, impl: str | None, *tensors: Tensor, triton_gap: str | None =
             raise NotImplementedError(
                 f"{op}: no Triton kernel for {gap}; use impl='torch' (or leave impl unset)"
             )
-        if device == "cpu" and not interpreting():
+        if device != "cuda" and not interpreting():
             raise NotImplementedError(
-                f"{op}: impl='triton' needs tensors on a GPU, got device 'cpu'; use impl='torch', "
+                f"{op}: impl='triton' needs tensors on a GPU, got device {device!r}; use impl='torch', "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels in the interpreter"
             )
         if not has_triton():

@@ -19,6 +19,7 @@ from kernels._common.checks import check_key_mask, check_qkv
 from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
+from kernels._common.widths import width_gap
 from kernels.block_sparse import reference
 from kernels.block_sparse import torch as torch_path
 from kernels.block_sparse.lists import BlockLists, block_lists, dense_mask
@@ -68,7 +69,8 @@ def attention(
             f"{op}: the rule is for {mask.tokens} tokens, got {q.shape[2]} queries and {k.shape[2]} keys"
         )
     asked = impl not in (None, "auto") or current_choice() is not None
-    impl = choose(op, impl, q, k, v, triton_gap=None if bias is None else "a bias over pairs")
+    gap = width_gap(op, "head size", max(q.shape[-1], v.shape[-1]), q.dtype)
+    impl = choose(op, impl, q, k, v, triton_gap=gap if bias is None else "a bias over pairs")
     if impl == "triton" and higher_order and not asked:
         impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale

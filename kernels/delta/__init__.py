@@ -19,11 +19,9 @@ from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dt
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels._common.prefix import drop_keys, merge_axes
+from kernels._common.widths import width_gap
 from kernels.delta import reference
 from kernels.delta import torch as torch_path
-
-# A tile of the state has all key channels and stays in registers.
-TRITON_MAX_DIM = 128
 
 __all__ = ["cost", "delta_read", "delta_scan", "delta_state"]
 
@@ -75,7 +73,7 @@ def delta_scan(
     _check(op, k, beta, log_g, read)
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
-    impl = choose(op, impl, q, k, v, triton_gap=_gap(k))
+    impl = choose(op, impl, q, k, v, triton_gap=width_gap("delta", "key channels", k.shape[-1], k.dtype))
     dtype, work = v.dtype, work_dtype(v.dtype)
     q, k, v, beta, log_g = _work(work, key_mask, q, k, v, beta, log_g)
     if reverse:
@@ -170,13 +168,6 @@ def cost(
 def _work(work, key_mask, q, k, v, beta, log_g):
     k, v, beta, log_g = drop_keys(key_mask, (k, 0.0), (v, 0.0), (beta, 0.0), (log_g, 0.0))
     return q.to(work), k.to(work), v.to(work), beta.to(work), None if log_g is None else log_g.to(work)
-
-
-def _gap(k: Tensor) -> str | None:
-    """What the Triton kernel lacks for this call."""
-    if k.shape[-1] > TRITON_MAX_DIM:
-        return f"more than {TRITON_MAX_DIM} key channels"
-    return None
 
 
 def _check(op: str, k: Tensor, beta: Tensor, log_g: Tensor | None, read: str) -> None:

@@ -29,8 +29,8 @@ def tiles(precision: str, d: int, e: int) -> Tiles:
     """The same table serves launches and the compile gate. The state stays in registers, and a second time as an operand of the products."""
     bd, be = (max(16, triton.next_power_of_2(n)) for n in (d, e))
     if bd <= 64:
-        return Tiles(32, bd, min(be, 32), 4)
-    return Tiles(16, bd, 16 if precision == "tf32x3" else min(be, 32), 8)
+        return Tiles(16 if bd == 64 and precision == "tf32x3" else 32, bd, min(be, 32), 4)
+    return Tiles(16, bd, 16 if bd > 128 or precision == "tf32x3" else min(be, 32), 8)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

@@ -111,7 +111,7 @@ def linear_attention(
     check_option(op, "normalize", normalize, ("denom", "none"))
     check_causal(op, feature, causal, positions)
     key_bias = check_key_bias(op, key_bias, feature, k)
-    impl = choose(op, impl, q, k, v, triton_gap=gap(causal, initial_state, feature, q))
+    impl = choose(op, impl, q, k, v, triton_gap=gap(op, causal, initial_state, feature, q))
     if feature == "softmax":
         normalize = "none"
     dtype = v.dtype
@@ -235,7 +235,7 @@ def mala(
         initial_state.vsum is None or (initial_state.ksum_rot is None) != (rotated is None)
     ):
         raise ValueError("mala: initial_state needs vsum, and ksum_rot exactly when rotated= is given")
-    impl = choose(op, impl, q, k, v, triton_gap=gap(causal, initial_state, feature, q))
+    impl = choose(op, impl, q, k, v, triton_gap=gap(op, causal, initial_state, feature, q))
     dtype, work = v.dtype, work_dtype(v.dtype)
     if impl == "triton" and not causal:
         from kernels.linear import ops

@@ -33,6 +33,8 @@ def tiles(kernel: str, backend: str, dot: str, f: int, e: int) -> Tiles:
     """
     hip, wide = backend == "hip", f > 64
     if kernel == "read_bwd":
+        if f > 128:
+            return Tiles(16 if dot == "float32" else 32, _pow2(f), min(32, _pow2(e)), 8, 1)
         if dot == "float32":
             return Tiles(16 if hip and wide else 32, _pow2(f), min(32, _pow2(e)), 8 if wide else 4, 1)
         return Tiles(64, _pow2(f), min(64, _pow2(e)), 8 if wide else 4, 2)

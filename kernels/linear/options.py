@@ -4,12 +4,11 @@
 from torch import Tensor, searchsorted
 
 from kernels._common.checks import Positions, query_key_positions, work_dtype
+from kernels._common.choice import interpreting
+from kernels._common.widths import width_gap
 from kernels.linear import torch as torch_path
 from kernels.linear.features import Feature, feature_size
 from kernels.linear.torch import LinearState
-
-# The query gradient keeps whole rows of features in registers.
-TRITON_MAX_FEATURES = 256
 
 
 def check_option(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -46,15 +45,19 @@ def key_weight(key_bias: Tensor | None) -> Tensor | None:
     return None if key_bias is None else key_bias.to(work_dtype(key_bias.dtype)).exp()
 
 
-def gap(causal: bool, initial_state: LinearState | None, feature: Feature, q: Tensor) -> str | None:
+def gap(op: str, causal: bool, initial_state: LinearState | None, feature: Feature, q: Tensor) -> str | None:
     """What the Triton kernels lack for this call."""
+    if op == "linear_attention" and feature == "taylor2" and initial_state is None:
+        return width_gap("taylor2", "channels", q.shape[-1], q.dtype)
     if causal:
         return None
-    if feature == "taylor2":
-        return None if initial_state is None else "an initial_state without causal=True"
-    if isinstance(feature, str) and feature_size(feature, q.shape[-1]) > TRITON_MAX_FEATURES:
-        return f"more than {TRITON_MAX_FEATURES} features"
-    return None if initial_state is None else "an initial_state without causal=True"
+    if initial_state is not None:
+        return "an initial_state without causal=True"
+    if isinstance(feature, str):
+        return width_gap("linear", "features", feature_size(feature, q.shape[-1]), q.dtype)
+    if not (q.is_cuda or interpreting()):
+        return None  # spares the others a call of the function
+    return width_gap("linear", "features", feature(q[..., :0, :]).shape[-1], q.dtype)
 
 
 def rounded(t: Tensor, dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
 from kernels._common.targets import GateCase, Target
+from kernels._common.widths import largest
 from kernels.linear import taylor_triton as tk
 
 
@@ -106,12 +107,17 @@ def slope(x: Tensor, up: Tensor, t: Tensor, coefficients: list[float]) -> Tensor
     return out
 
 
-GATE_GROUPS, GATE_LENGTH, GATE_CHANNELS = 4096, 128, 16
+GATE_GROUPS, GATE_LENGTH = 4096, 128
 
 
 def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
-    """The three kernels for 16 channels and ``dim`` value channels and their sum of weights, gradients in float32."""
-    d, e = GATE_CHANNELS, dim + 1
+    """The three kernels for ``dim`` value channels and their sum of weights, gradients in float32: 16 channels, once the widest."""
+    for d in {16, largest("taylor2", dtype)} if dim == 64 else {16}:
+        yield from _gate_cases(target, dtype, dim, d)
+
+
+def _gate_cases(target: Target, dtype: str, dim: int, d: int) -> Iterable[GateCase]:
+    e = dim + 1
     dot, precision = dot_type(dtype, target.backend)
     data = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[dtype]
     t = tiles(dtype, e)
@@ -132,6 +138,6 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
         pointers = {name: kind for name, kind in {**single, **own}.items() if name in kernel.arg_names}
         fixed = {name: 1.0 for name in ("C0", "C1", "C2") if name in kernel.arg_names}
         yield GateCase(
-            kernel, f"taylor {variant}", pointers, {**consts, **fixed}, t.warps, 1, True,
+            kernel, f"taylor {d} {variant}", pointers, {**consts, **fixed}, t.warps, 1, True,
             Cost(2.0 * tokens * rows * e, moved), shape, unaligned=("L", "D", "E"),
         )  # fmt: skip

@@ -26,6 +26,7 @@ from kernels._common.checks import Positions, check_key_mask, check_qkv, query_k
 from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
+from kernels._common.widths import width_gap
 from kernels.selected import reference
 from kernels.selected import torch as torch_path
 
@@ -80,7 +81,8 @@ def block_scores(
     op = "block_scores"
     check_qkv(op, q, k_cmp, k_cmp, grouped=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose(op, impl, q, k_cmp) == "triton":
+    gap = width_gap("selected", "head size", q.shape[-1], q.dtype)
+    if choose(op, impl, q, k_cmp, triton_gap=gap) == "triton":
         from kernels.selected import ops
 
         if lse is None:
@@ -175,7 +177,8 @@ def attention(
     if block_size < 1:
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
     asked = impl not in (None, "auto") or current_choice() is not None
-    impl = choose(op, impl, q, k, v)
+    gap = width_gap("selected", "head size", max(q.shape[-1], v.shape[-1]), q.dtype)
+    impl = choose(op, impl, q, k, v, triton_gap=gap)
     if impl == "triton" and higher_order and not asked:
         impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale

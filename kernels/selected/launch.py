@@ -21,6 +21,8 @@ def tiles(kernel: str, where: str, dot: str, width: int) -> Tiles:
     """Rows and keys: the forward and dq kernels have the heads of one group as rows, whose number is given elsewhere."""
     if dot == "float32" and width > 64 and where == "cuda":
         return Tiles(16, 16, 8, 1, piece=32)
+    if width > 128 and where == "cuda" and kernel in ("scores", "bwd_dkdv"):
+        return Tiles(32, 32, 8, 1)
     small = where == "hip" or dot == "float32"
     rows = 64 if kernel in ("scores", "bwd_dkdv") and not small else 16
     few = where == "hip" or (small and kernel != "bwd_dkdv")

@@ -23,6 +23,7 @@ from kernels._common.checks import Positions, check_key_mask, check_qkv, query_k
 from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
+from kernels._common.widths import width_gap
 from kernels.softmax import reference, skipping
 from kernels.softmax import torch as torch_path
 from kernels.softmax.combine import apply_sink, merge_lse
@@ -137,6 +138,7 @@ def attention(
         gap = gap or skipping.gap(skip, q, v, shaped)
     if gap is None and post_mask is not None and post_mask.requires_grad:
         gap = "the gradient of post_mask"
+    gap = gap or width_gap("softmax", "head size", max(q.shape[-1], v.shape[-1]), q.dtype)
     asked = impl not in (None, "auto") or current_choice() is not None
     impl = choose(op, impl, q, k, v, triton_gap=gap)
     needs = (

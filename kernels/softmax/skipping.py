@@ -9,7 +9,7 @@ from kernels.softmax.reference import Skip
 def widest(single: bool, dim: int) -> int:
     """Largest side of a tile in which the forward holds all it needs in registers, for float32 (``single``) or half precision."""
     if not single:
-        return 64
+        return 64 if dim <= 128 else 32
     return 32 if dim <= 64 else 16
 
 

@@ -37,6 +37,12 @@ def table(
         queries = 32 if width == 16 or (kernel == "bwd_dq" and width <= 64) else 16
         keys = 32 if width == 16 and kernel != "bwd_dkdv" else 16
         return Tiles(queries, keys, 8, 1, piece=min(32, width))
+    if width > 128:  # half precision, see `kernels/_common/widths.py`
+        if backend == "hip":
+            return Tiles(16, 16, 4 if kernel == "fwd" else 8, 1)
+        if kernel == "bwd_dbias" or (kernel == "bwd_dkdv" and scores == "factors"):
+            return Tiles(32, 16, 8, 1)
+        return Tiles(16, 16, 8, 1) if kernel == "bwd_dq" and scores == "factors" else Tiles(32, 32, 8, 1)
     if dot == "float32":
         side = 16 if wide or backend == "hip" else 32
         return Tiles(side, side, 8 if wide else 4, 1)
@@ -61,11 +67,12 @@ def table(
 
 def skip_table(kernel: str, plain: Tiles, skip: Sequence[int], dot: str, d: int, e: int, arch: int) -> Tiles:
     """Skipping is decided for a whole tile, so the forward takes the caller's; the gradients stay within one."""
-    wide = max(pow2(d), pow2(e)) > 64
+    width = max(pow2(d), pow2(e))
+    wide = width > 64
     if wide and dot == "float32":
         return Tiles(16, 16, 8, 1, plain.piece)
     if kernel == "fwd":
-        return Tiles(*skip, 8 if wide and arch < 100 else 4, 1)
+        return Tiles(*skip, 8 if width > 128 or (wide and arch < 100) else 4, 1)
     keys = 32 if kernel == "bwd_dq" and arch >= 100 and dot != "float32" else plain.keys
     return replace(plain, queries=min(plain.queries, skip[0]), keys=min(keys, skip[1]))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import block_sparse, decay, delta, linear, prefix, selected, softmax
+from kernels._common.widths import LARGEST, largest
 from kernels.delta import torch as delta_in_torch
 from kernels.linear import torch as linear_in_torch
 from kernels.softmax import torch as softmax_in_torch
@@ -112,6 +113,51 @@ def test_an_explicit_choice_never_falls_back(name, monkeypatch):
         CALLS[name](q, k, v, impl="triton")
     with pytest.raises(NotImplementedError, match="needs tensors on a GPU"):
         CALLS[name](q.float(), k.float(), v.float(), impl="triton")
+
+
+# What a line of the table of head sizes limits.
+WIDE: dict[str, tuple[str, Call]] = {
+    **{name: (name.split()[0], CALLS[name]) for name in ("softmax", "softmax window", "block_sparse", "selected", "linear", "delta")},
+    "kda": ("delta", CALLS["kda"]),
+    "mala": ("linear", CALLS["mala"]),
+    "function": ("linear", lambda q, k, v, **o: linear.linear_attention(q, k, v, feature=torch.exp, **o)),
+    "taylor2": ("taylor2", lambda q, k, v, **o: linear.linear_attention(q, k, v, feature="taylor2", **o)),
+    "taylor2 causal": (
+        "taylor2", lambda q, k, v, **o: linear.linear_attention(q, k, v, feature="taylor2", causal=True, **o)
+    ),
+    "scores": ("selected", lambda q, k, v, **o: selected.block_scores(q, k, torch.eye(k.shape[2]), **o)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kernels_refuse_heads_beyond_the_table(name, dtype, monkeypatch):
+    """The same words from every operation, at the first size too large; at the last one that fits, only the device is missing."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    op, call = WIDE[name]
+    short = str(dtype).removeprefix("torch.")
+    limit = largest(op, short)
+    if name == "function":  # asked for its size only where kernels may run
+        monkeypatch.setattr("kernels.linear.options.interpreting", lambda: True)
+    with pytest.raises(
+        NotImplementedError, match=rf"{limit + 1} in {short}, only up to {limit}; use impl='torch'"
+    ):
+        call(*make(3, width=limit + 1, dtype=dtype), impl="triton")
+    with pytest.raises(NotImplementedError, match="needs tensors on a GPU"):
+        call(*make(3, width=limit, dtype=dtype), impl="triton")
+
+
+def test_the_gate_compiles_the_head_sizes_that_are_claimed():
+    from kernels.gate import keys_of, operations
+
+    assert set(operations()) <= set(LARGEST)
+    for op in ("delta", "prefix"):
+        dims = {
+            dtype: {key.dim for key in keys_of(op, ["sm_80"]) if key.dtype == dtype}
+            for dtype in ("bfloat16", "float32")
+        }
+        assert max(dims["float32"]) == (largest(op, "float32") or 256)
+        assert op == "prefix" or max(dims["bfloat16"]) == largest(op, "bfloat16")
 
 
 @pytest.mark.parametrize(
