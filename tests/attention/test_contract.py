@@ -278,6 +278,27 @@ def test_map_is_refused_where_undefined(name, pattern):
         build(name, pattern).attention_map(*inputs(pattern))
 
 
+@over(cases(has_scores=True))
+def test_scores_come_before_mask_and_normalisation(name, pattern):
+    module, arguments = build(name, pattern), inputs(pattern)
+    scores = module.scores(*arguments)
+    assert scores.shape == (2, module.num_heads, 7, 7)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    assert torch.equal(module.scores(*arguments, key_mask=mask), scores)
+    bias = torch.randn(2, 1, 7, 7)
+    close(module.scores(*arguments, bias=bias), scores + bias)
+    # Where a row's scores are equal, so are its weights: the map is made of these scores and of nothing else.
+    level = module.attention_map(*arguments, bias=-scores.detach())
+    seen = torch.ones(7, 7).tril() if pattern.causal else torch.ones(7, 7)
+    close(level, level.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True) * seen)
+
+
+@over([c for c in CASES if not get_attention(c[0]).capabilities.has_scores])
+def test_scores_are_refused_where_undefined(name, pattern):
+    with pytest.raises(CapabilityError, match="has no scores; variants that do"):
+        build(name, pattern).scores(*inputs(pattern))
+
+
 @over(CASES)
 def test_low_precision_stays_near(name, pattern):
     module = build(name, pattern, m=20)

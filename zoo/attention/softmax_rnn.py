@@ -4,8 +4,9 @@ Paper: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Pe
 ``o_t = norm( sum_s f(D^-1/2 q_t.k_s) v_s )``: the exponential is the sum of all orders of linear attention with Kronecker features,
 ``f = taylor`` keeps the orders up to p, ``identity`` the first alone; ``norm`` is the softmax denominator or something simpler. The
 paper finds that an L2 norm of the output vector comes close to the denominator, which is the default here.
-Differs from the paper in: gains and epsilons of the norms are our choice; truncated series are computed from the full score matrix
-(a state for order 2 is attention `based`).
+Differs from the paper in: gains and epsilons of the norms are our choice; the logarithm of the sum of exponentials, which "gate" and
+"none" leave in the output, is cut at 30 either way; truncated series are computed from the full score matrix (a state for order 2 is
+attention `based`).
 """
 
 from __future__ import annotations
