@@ -128,3 +128,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         saved(tmp_path)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_weights_are_as_readable_as_the_users_other_files(tmp_path):
+    _, path = saved(tmp_path)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
