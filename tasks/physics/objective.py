@@ -16,7 +16,7 @@ from tasks.physics.points import CollocationPoints
 from zoo.attention.base import Attention
 from zoo.errors import CapabilityError, unknown
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, key_of, points_mix
-from zoo.layers.jets import Key
+from zoo.layers.jet_algebra import Key
 from zoo.layers.pieces import Piece, add_gradients, count_pieces, each_gradient
 
 log = logging.getLogger("zoo.pinn")

@@ -12,9 +12,9 @@ from zoo.bench import peers_pinn
 from zoo.errors import ConfigError
 from zoo.layers.ansatz import ANSATZ
 from zoo.layers.derivatives import Derivatives, choose_method, derivatives, points_mix, seed_jet
+from zoo.layers.jet_algebra import Operator, algebra
 from zoo.layers.jet_forward import forward_mode
 from zoo.layers.jet_tensor import Jet
-from zoo.layers.jets import Operator, algebra
 from zoo.models.registry import build_model, model_slots
 
 WANTED = [(1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zoo.bench.tasks import Contestants, training_step
 from zoo.layers.derivatives import derivatives
-from zoo.layers.jets import Operator
+from zoo.layers.jet_algebra import Operator
 from zoo.layers.pieces import add_gradients, count_pieces
 from zoo.models import create_model
 

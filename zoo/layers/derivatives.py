@@ -1,7 +1,7 @@
 """Exact derivatives of a point-wise network in its coordinates, by whichever method is asked for.
 
 All methods give the same numbers; they differ in cost. "taylor" pushes one jet through the network (see
-`zoo.layers.jets`), after which the weights need a single backward. "forward_reverse" differentiates the reverse gradient
+`zoo.layers.jet_algebra`), after which the weights need a single backward. "forward_reverse" differentiates the reverse gradient
 in forward mode, "jvp" nests forward mode, "reverse" nests `torch.autograd.grad` and is the independent check.
 
 The network must treat points separately: `D u(point 3)` may not depend on point 7 (`tests` check every model).
@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 import zoo.layers.jet_functions
 import zoo.layers.jet_shapes  # noqa: F401  registers the rules
 from zoo.errors import ConfigError, unknown
+from zoo.layers.jet_algebra import Index, Key, Operator, algebra
 from zoo.layers.jet_tensor import Jet
-from zoo.layers.jets import Index, Key, Operator, algebra
 
 METHODS = ("taylor", "forward_reverse", "jvp", "reverse")
 Network = Callable[[Tensor], Tensor]

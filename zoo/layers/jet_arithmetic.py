@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.layers.jet_autograd import JetProduct
 from zoo.layers.jet_tensor import Jet, _wide, rules
-from zoo.layers.jets import _Product
 
 
 @rules("add", "iadd", "radd")
@@ -45,7 +45,7 @@ def mul(a: Any, b: Any) -> Jet:
     if not isinstance(a, Jet):
         a, b = b, a
     if isinstance(b, Jet):
-        return Jet(_Product.apply(a.c, b.c, a.ring), a.ring)
+        return Jet(JetProduct.apply(a.c, b.c, a.ring), a.ring)
     dims = max(a.ndim, b.dim()) if isinstance(b, Tensor) else a.ndim
     return Jet(_wide(a.c, dims) * b, a.ring)
 

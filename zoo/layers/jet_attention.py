@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from zoo.layers.jets import Algebra
+from zoo.layers.jet_algebra import Algebra
 
 
 class _Softmax(Function):

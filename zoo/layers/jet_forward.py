@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.layers.jet_algebra import factorial
 from zoo.layers.jet_tensor import Jet, ring_of
-from zoo.layers.jets import factorial
 
 log = logging.getLogger("zoo.derivatives")
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from zoo.errors import CapabilityError
 from zoo.layers.jet_arithmetic import mul
 from zoo.layers.jet_attention import _Attend, _Softmax
+from zoo.layers.jet_autograd import JetLinear, JetPointwise, JetTanh, JetWave
 from zoo.layers.jet_tensor import Jet, _axis, _value, _wide, lift, rules
-from zoo.layers.jets import _Linear, _Pointwise, _Tanh, _Wave
 
 
 def pointwise(x: Jet, rule: Callable[[Tensor, int], list[Tensor]]) -> Jet:
     """g(x) from `rule(value, count)`: the first `count` derivatives of g over their factorials."""
-    return Jet(_Pointwise.apply(x.c, x.ring, rule), x.ring)
+    return Jet(JetPointwise.apply(x.c, x.ring, rule), x.ring)
 
 
 def _exp(x: Tensor, count: int) -> list[Tensor]:
@@ -89,7 +89,7 @@ def _erf(x: Tensor, count: int) -> list[Tensor]:
 
 
 exp = rules("exp")(lambda x: pointwise(x, _exp))
-tanh = rules("tanh")(lambda x: Jet(_Tanh.apply(x.c, x.ring, _tanh), x.ring))
+tanh = rules("tanh")(lambda x: Jet(JetTanh.apply(x.c, x.ring, _tanh), x.ring))
 sigmoid = rules("sigmoid")(lambda x: pointwise(x, _sigmoid))
 reciprocal = rules("reciprocal")(lambda x: pointwise(x, _power(-1.0)))
 rules("sqrt")(lambda x: pointwise(x, _power(0.5)))
@@ -150,7 +150,7 @@ def power(x: Jet, exponent: Any) -> Jet:
 
 def wave(x: Jet, weights: Tensor) -> Jet:
     """weights[0] sin x + weights[1] cos x."""
-    return Jet(_Wave.apply(x.c, weights, x.ring), x.ring)
+    return Jet(JetWave.apply(x.c, weights, x.ring), x.ring)
 
 
 # ---------------------------------------------------------------- layers
@@ -158,7 +158,7 @@ def wave(x: Jet, weights: Tensor) -> Jet:
 
 @rules("linear")
 def linear(x: Jet, weight: Tensor, bias: Tensor | None = None) -> Jet:
-    return Jet(_Linear.apply(x.c, weight, bias), x.ring)
+    return Jet(JetLinear.apply(x.c, weight, bias), x.ring)
 
 
 @rules("softmax")

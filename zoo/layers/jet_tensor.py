@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import CapabilityError
-from zoo.layers.jets import Algebra
+from zoo.layers.jet_algebra import Algebra
 
 RULES: dict[Any, Callable[..., Any]] = {}
 
