@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,10 +15,9 @@ from data.base import SPLITS, SplitDataset, check_at_least, check_range, hash_ar
 from data.detection_base import VOID, SceneData, coco_dictionary, confusion_scores, pad_objects
 from data.detection_masks import paint_segments
 from data.detection_records import Record, read_image
+from data.detection_samples import MEAN, STD, augmentations, prepare
 from data.errors import DataError
 from data.sampler import BatchKey, global_seed
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FileScenes(SceneData):
@@ -147,54 +145,27 @@ class FileScenes(SceneData):
 
     def sample(self, record: Record, *, train: bool) -> dict[str, Tensor]:
         """Image, boxes, labels, size and mask of one record, scaled and padded."""
-        from torchvision import tv_tensors
-        from torchvision.transforms import v2
-
-        image = tv_tensors.Image(read_image(record.path, tuple(record.size)))
+        image = read_image(record.path, tuple(record.size))
         height, width = image.shape[-2:]
         if (height, width) != tuple(record.size):
             raise DataError(
                 f"{record.path} has {height} x {width} pixels, its annotation says {record.size[0]} x {record.size[1]}"
             )
         real = ~record.crowd
-        item: dict[str, Any] = {
-            "image": image,
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(record.boxes[real]).float().reshape(-1, 4),
-                format="XYXY",
-                canvas_size=(height, width),
-            ),
-            "labels": torch.from_numpy(record.labels[real]),
-        }
-        if "masks" in self.provides:
-            item["mask"] = tv_tensors.Mask(torch.from_numpy(self.pixel_classes(record)))
-        if train:
-            item = v2.Compose(self._augmentations())(item)
-        height, width = item["image"].shape[-2:]
-        factor = self._size / max(height, width)
-        size = (max(1, round(height * factor)), max(1, round(width * factor)))
-        item = v2.Resize(size, antialias=True)(item)
-        pixels = item["image"].float() / 255
-        pixels = (pixels - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
-        pad = (0, self._size - size[1], 0, self._size - size[0])
-        boxes, labels = _large_enough(item["boxes"].as_subclass(Tensor), item["labels"])
-        out = {
-            "image": F.pad(pixels.as_subclass(Tensor), pad),
-            "boxes": boxes,
-            "labels": labels,
-            "size": torch.tensor(size),
-        }
-        if "mask" in item:
-            out["mask"] = F.pad(item["mask"].as_subclass(Tensor).long(), pad, value=VOID)
-        return out
+        return prepare(
+            image,
+            torch.from_numpy(record.boxes[real]).float().reshape(-1, 4),
+            torch.from_numpy(record.labels[real]),
+            torch.from_numpy(self.pixel_classes(record)) if "masks" in self.provides else None,
+            side=self._size,
+            steps=self._augmentations() if train else [],
+        )
 
     def _augmentations(self) -> list[Any]:
-        from torchvision.transforms import v2
-
-        steps: list[Any] = [v2.RandomPhotometricDistort()] if self.photometric else []
-        steps += [v2.RandomIoUCrop()] if self.crop and "boxes" in self.provides else []
-        steps += [v2.RandomHorizontalFlip(self.flip)] if self.flip else []
-        return steps + [v2.SanitizeBoundingBoxes(min_size=1)] if "boxes" in self.provides else steps
+        boxes = "boxes" in self.provides
+        return augmentations(
+            flip=self.flip, crop=self.crop and boxes, photometric=self.photometric, boxes=boxes
+        )
 
     def pixel_classes(self, record: Record) -> np.ndarray:
         """Class of every pixel of the file, uint8 [H, W]; crowds are void."""
@@ -300,11 +271,6 @@ class _Batches:
 
     def __call__(self, key: BatchKey) -> dict[str, Tensor]:
         return self.owner.batch(self.split, key)
-
-
-def _large_enough(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-    return boxes[keep], labels[keep]
 
 
 def _stamp(mask: Path | None) -> str:
