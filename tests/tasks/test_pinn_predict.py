@@ -19,6 +19,8 @@ def test_predictor_writes_fields(tmp_path):
         at = torch.from_numpy(np.stack((saved["x"], saved["y"]), 1)).float()
         np.testing.assert_allclose(saved["v"], task.model(at)[:, 1].detach().numpy(), rtol=1e-5, atol=1e-6)
     assert found["points"] == 12 and "grid:4x3: 12 points" in predictor.format("grid:4x3", found)
+    with pytest.raises(ConfigError, match="one file, but there are 2 inputs"):
+        list(predictor.inputs(["grid:4x3", "grid:5x5"]))
     (tmp_path / "points.csv").write_text("y,x\n0.5,0.1\n1.5,0.2\n")
     assert predictor.preprocess(str(tmp_path / "points.csv")).tolist() == [[0.1, 0.5], [0.2, 1.5]]
     for bad, text in (

@@ -7,6 +7,7 @@ with one array per coordinate. `--out FILE` chooses where the fields go: .npz, .
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from zoo.errors import ConfigError, DataError, unknown
+from zoo.files import write_whole
 from zoo.layers.derivatives import Derivatives, derivatives, multi_index
 from zoo.predict import COMMON_OPTIONS, Predictor
 
@@ -40,6 +42,10 @@ class TaskPredictor(Predictor):
         return self.preprocessing
 
     def inputs(self, arguments: list[str]) -> Any:
+        if self.out is not None and len(arguments) > 1:
+            raise ConfigError(
+                f"--out {self.out} is one file, but there are {len(arguments)} inputs; give one at a time"
+            )
         yield from arguments
 
     def preprocess(self, raw: Any) -> torch.Tensor:
@@ -134,16 +140,12 @@ def _read(path: Path, names: list[str]) -> np.ndarray:
 def _write(path: Path, columns: dict[str, np.ndarray], fields: dict[str, np.ndarray]) -> Path:
     table = {**columns, **fields}
     if path.suffix == ".npz":
-        np.savez(path, **table)
+        content = io.BytesIO()
+        np.savez(content, **table)
+        write_whole(path, lambda p: p.write_bytes(content.getvalue()))
     elif path.suffix == ".csv":
-        np.savetxt(
-            path,
-            np.stack(list(table.values()), 1),
-            delimiter=",",
-            header=",".join(table),
-            comments="",
-            fmt="%.10g",
-        )
+        rows, head = np.stack(list(table.values()), 1), ",".join(table)
+        write_whole(path, lambda p: np.savetxt(p, rows, delimiter=",", header=head, comments="", fmt="%.10g"))
     else:
         try:
             import meshio
