@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels._common.cost import Cost
+from kernels._common.launching import platform, pow2
 from kernels._common.targets import GateCase, Target
 from kernels.block_sparse.lists import block_lists
 from kernels.block_sparse.masks import decode
@@ -46,7 +47,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule, sca
     problem = softmax.Problem(q, k, v, key_mask=key_mask, scale=scale)
     dot, _ = tiles.types_of(q)
     widths = q.shape[3], v.shape[3]
-    t = _shared_tiles(tiles.backend(), dot, *widths, tiles.compute_capability())
+    t = _shared_tiles(platform(), dot, *widths, tiles.compute_capability())
     return problem, sparse(tuple(rule), t.queries, t.keys, q.device)
 
 
@@ -91,7 +92,7 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
             }  # fmt: skip
             del given["DPHI"]
             config = Config(
-                dim**-0.5, 0.0, 0, None, rule, t.queries, t.keys, tiles.pow2(dim), tiles.pow2(dim), 16,
+                dim**-0.5, 0.0, 0, None, rule, t.queries, t.keys, pow2(dim), pow2(dim), 16,
                 tk.DOT_TYPES[dot], precision, None, t.piece,
             )  # fmt: skip
             consts = {"C": config, "span": None, "DPHI": None}

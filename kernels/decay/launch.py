@@ -1,6 +1,5 @@
 """Launches the Triton kernels of the decay scan: tile sizes, scratch memory, and the cases for the compile gate."""
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,8 +8,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
+from kernels._common.launching import on_device, platform, pow2
 from kernels._common.targets import GateCase, Target
 from kernels.decay import triton as tk
 from kernels.decay.ops import BLOCK
@@ -30,15 +31,11 @@ class Tiles:
 def tiles(dtype: str, d: int, e: int) -> Tiles:
     """The same table serves launches and the compile gate; TF32 products take smaller tiles and one stage."""
     widest = 64 if dtype == "bfloat16" else 32
-    be = min(widest, _pow2(e))
+    be = min(widest, pow2(e))
     if be > 32 and -e % be >= be // 2:
         be //= 2  # 65 value channels (one of them a sum of weights) fill three tiles of 32, not two of 64
     # Eight warps for the wide tiles: with four, ptxas puts a case on the stack (sm_100, D 128).
-    return Tiles(widest, min(widest, _pow2(d)), be, 8 if dtype == "bfloat16" else 4, 1)
-
-
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return Tiles(widest, min(widest, pow2(d)), be, 8 if dtype == "bfloat16" else 4, 1)
 
 
 def dot_type(dtype: str, backend: str) -> tuple[str, str]:
@@ -61,15 +58,7 @@ def products_of(dtype: str) -> tuple[str, str]:
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32", "ieee"
-    return dot_type(dtype, "hip" if torch.version.hip else "cuda")
-
-
-def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=dtype)
-
-
-def on_device(t: Tensor):
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
+    return dot_type(dtype, platform())
 
 
 def _cumulative(log_g: Tensor, chunks: int, bt: int) -> Tensor:
@@ -91,9 +80,9 @@ def scan(
     """Outputs [B, H, N, E] and the last state [B, H, D, E]; arguments as in ``ops.decay_scan_fwd``."""
     b, h, n, d = q.shape
     e = v.shape[-1]
-    out = _new(v, b, h, n, e, dtype=torch.float32 if wide else v.dtype)
+    out = launching.new(v, b, h, n, e, dtype=torch.float32 if wide else v.dtype)
     if 0 in (b, h, n, d, e):
-        last = _new(v, b, h, d, e)
+        last = launching.new(v, b, h, d, e)
         return out.zero_(), last.zero_() if initial is None else last.copy_(initial)
     dtype = _lowest(q, k, v)
     t = tiles(dtype, d, e)
@@ -102,7 +91,7 @@ def scan(
     gate = "none" if log_g is None else "scalar" if log_g.dim() == 3 else "values" if values else "keys"
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     cum = q if log_g is None else _cumulative(log_g, chunks, t.bt)
-    states = _new(q, b * h, chunks + 1, d, e)
+    states = launching.new(q, b * h, chunks + 1, d, e)
     sizes = (n, d, e, chunks)
     products = dict(DOT=tk.DOT_TYPES[dot], PRECISION=precision)
     run = dict(num_warps=t.warps, num_stages=t.stages)
@@ -120,7 +109,7 @@ def scan(
         else:
             weights = q
             if gate == "keys":
-                weights = _new(q, b * h, chunks, t.bt, t.bt, dtype=getattr(torch, dot))
+                weights = launching.new(q, b * h, chunks, t.bt, t.bt, dtype=getattr(torch, dot))
                 tk.decay_scores_fwd_kernel[(b * h, chunks, blocks)](
                     q, k, cum, weights, n, d, chunks,
                     INCLUSIVE=inclusive, BT=t.bt, BB=BLOCK, BD=min(32, t.bd), **products, num_warps=4, num_stages=1,
@@ -135,14 +124,14 @@ def scan(
 def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool, dtype: str) -> Tensor:
     """Weights inside chunks: q, k, cum [L, T, D] float32, T a power of two from 16 on -> [L, T, T]; products as for inputs of ``dtype``."""
     length, t, d = q.shape
-    out = _new(q, length, t, t)
+    out = launching.new(q, length, t, t)
     if 0 in (length, d):
         return out.zero_()
     dot, precision = products_of(dtype)
     with on_device(q):
         tk.decay_scores_fwd_kernel[(length, 1, t // BLOCK)](
             q.contiguous(), k.contiguous(), cum.contiguous(), out, t, d, 1,
-            INCLUSIVE=inclusive, BT=t, BB=BLOCK, BD=min(32, _pow2(d)),
+            INCLUSIVE=inclusive, BT=t, BB=BLOCK, BD=min(32, pow2(d)),
             DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=4, num_stages=1,
         )  # fmt: skip
     return out
@@ -151,7 +140,7 @@ def scores(q: Tensor, k: Tensor, cum: Tensor, inclusive: bool, dtype: str) -> Te
 def mix(weights: Tensor, v: Tensor, cum: Tensor, inclusive: bool, dtype: str) -> Tensor:
     """``o_re = sum_{i <= r} w_ri v_ie e^{cum_re - cum_ie}``: weights [L, T, T], v, cum [L, T, E] float32 -> [L, T, E]."""
     length, t, e = v.shape
-    out = _new(v, length, t, e)
+    out = launching.new(v, length, t, e)
     if 0 in (length, e):
         return out.zero_()
     dot, precision = products_of(dtype)

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.cost import Cost
+from kernels._common.launching import on_device, pow2
 from kernels._common.targets import GateCase, Target
-from kernels.decay.launch import dot_type, on_device, products_of
+from kernels.decay.launch import dot_type, products_of
 from kernels.decay.triton import DOT_TYPES
 from kernels.delta import triton as tk
 from kernels.delta.ops import CHUNK
@@ -27,14 +28,10 @@ class Tiles:
 
 def tiles(precision: str, d: int, e: int) -> Tiles:
     """The same table serves launches and the compile gate. The state stays in registers, and a second time as an operand of the products."""
-    bd, be = (max(16, triton.next_power_of_2(n)) for n in (d, e))
+    bd, be = pow2(d), pow2(e)
     if bd <= 64:
         return Tiles(16 if bd == 64 and precision == "tf32x3" else 32, bd, min(be, 32), 4)
     return Tiles(16, bd, 16 if bd > 128 or precision == "tf32x3" else min(be, 32), 8)
-
-
-def _new(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=torch.float32)
 
 
 def walk(
@@ -49,7 +46,7 @@ def walk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as in ``ops.delta_walk_fwd``."""
     (z, c, steps, e), d = u.shape, w.shape[-1]
-    x, met, last = _new(u, *u.shape), _new(u, z, c, d, e), _new(u, z, d, e)
+    x, met, last = launching.new(u, *u.shape), launching.new(u, z, c, d, e), launching.new(u, z, d, e)
     if 0 in (z, c, d, e):
         return x.zero_(), met.zero_(), last.copy_(initial)
     dot, precision = products_of(dtype)
@@ -71,7 +68,7 @@ _SIDE, _DEPTH = 32, 32
 def pairs(a: Tensor, b: Tensor, dtype: str) -> Tensor:
     """``a b^T``: a [L, R, W], b [L, S, W] -> [L, R, S]."""
     (count, r, width), s = a.shape, b.shape[1]
-    out = _new(a, count, r, s)
+    out = launching.new(a, count, r, s)
     if 0 in (count, r, s, width):
         return out.zero_()
     dot, precision = products_of(dtype)

@@ -1,13 +1,14 @@
 """Launches the Triton kernels: tile sizes, scratch memory, grids."""
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.choice import interpreting
+from kernels._common.launching import on_device, platform, pow2, row_dense
 from kernels.linear import triton as tk
 
 # Programs aimed at in a split sum: a few waves on the largest GPUs.
@@ -34,20 +35,16 @@ def tiles(kernel: str, backend: str, dot: str, f: int, e: int) -> Tiles:
     hip, wide = backend == "hip", f > 64
     if kernel == "read_bwd":
         if f > 128:
-            return Tiles(16 if dot == "float32" else 32, _pow2(f), min(32, _pow2(e)), 8, 1)
+            return Tiles(16 if dot == "float32" else 32, pow2(f), min(32, pow2(e)), 8, 1)
         if dot == "float32":
-            return Tiles(16 if hip and wide else 32, _pow2(f), min(32, _pow2(e)), 8 if wide else 4, 1)
-        return Tiles(64, _pow2(f), min(64, _pow2(e)), 8 if wide else 4, 2)
+            return Tiles(16 if hip and wide else 32, pow2(f), min(32, pow2(e)), 8 if wide else 4, 1)
+        return Tiles(64, pow2(f), min(64, pow2(e)), 8 if wide else 4, 2)
     if dot == "float32":
-        return Tiles(32 if kernel == "state_fwd" else 64, min(32, _pow2(f)), min(32, _pow2(e)), 4, 1)
+        return Tiles(32 if kernel == "state_fwd" else 64, min(32, pow2(f)), min(32, pow2(e)), 4, 1)
     if kernel == "state_fwd":
         # Eight warps, one stage: with four, ptxas puts a few masked or rotated cases on the stack.
-        return Tiles(64, min(64, _pow2(f)), min(64, _pow2(e)), 8, 1)
-    return Tiles(64, min(64, _pow2(f)), min(64, _pow2(e)), 4, 1)
-
-
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+        return Tiles(64, min(64, pow2(f)), min(64, pow2(e)), 8, 1)
+    return Tiles(64, min(64, pow2(f)), min(64, pow2(e)), 4, 1)
 
 
 def dot_types(dtype: str, feature: str, backend: str) -> tuple[str, str, str, str]:
@@ -62,32 +59,19 @@ def dot_types(dtype: str, feature: str, backend: str) -> tuple[str, str, str, st
     return "bfloat16", one, "bfloat16", one
 
 
-def _backend() -> str:
-    return "hip" if torch.version.hip else "cuda"
-
-
 def _types(t: Tensor, feature: str) -> tuple[str, str, str, str]:
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee", "float32", "ieee"
-    return dot_types(str(t.dtype)[6:], feature, _backend())
+    return dot_types(str(t.dtype)[6:], feature, platform())
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    """Kernels take any strides but the last."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    return None if t is None else row_dense(t)
 
 
 def _strides(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else t.stride()[:3]
-
-
-def _device(t: Tensor):
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=dtype)
 
 
 def _token_sums(
@@ -95,17 +79,21 @@ def _token_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, h, m, f = x.shape
     e = y.shape[-1]
-    t = tiles("state_fwd", _backend(), dot, f, e)
+    t = tiles("state_fwd", platform(), dot, f, e)
     bf, be = t.bf, t.be
     tiles_fe = triton.cdiv(f, bf) * triton.cdiv(e, be)
     blocks = triton.cdiv(m, t.rows)
     splits = max(1, min(blocks, SPLIT_PROGRAMS // max(1, b * h * tiles_fe), 1024))
     length = triton.cdiv(blocks, splits) * t.rows
     splits = max(1, triton.cdiv(m, length))
-    s, a, c = _new(x, b, h, splits, f, e), _new(x, b, h, splits, f), _new(x, b, h, splits, e)
-    br = _new(x, b, h, splits, f) if rot is not None else _new(x, 0)
+    s, a, c = (
+        launching.new(x, b, h, splits, f, e),
+        launching.new(x, b, h, splits, f),
+        launching.new(x, b, h, splits, e),
+    )
+    br = launching.new(x, b, h, splits, f) if rot is not None else launching.new(x, 0)
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    with _device(x):
+    with on_device(x):
         tk.linear_state_fwd_kernel[(b * h, splits, tiles_fe)](
             x, x if rot is None else rot, y, x if mask is None else mask, *weights, s, a, br, c,
             *_strides(x), *_strides(rot), *_strides(y), m,
@@ -122,7 +110,7 @@ def state_fwd(x, y, rot, key_mask, weight, feature) -> tuple[Tensor, Tensor, Ten
     b, h, m, f = x.shape
     e = y.shape[-1]
     if 0 in (b, h, m, f, e):
-        zero = lambda *s: _new(x, *s).zero_()  # noqa: E731
+        zero = lambda *s: launching.new(x, *s).zero_()  # noqa: E731
         return zero(b, h, f, e), zero(b, h, f), zero(b, h, f) if rot is not None else zero(0), zero(b, h, e)
     dot, precision, _, _ = _types(x, feature)
     weights = (x if weight is None else weight.contiguous(), x, x, x)
@@ -133,15 +121,15 @@ def state_bwd(x, y, rot, key_mask, weight, ds, da, db, dc, feature) -> tuple[Ten
     x, y, rot = _rows(x), _rows(y), _rows(rot)
     b, h, m, f = x.shape
     e = y.shape[-1]
-    dx, dy = _new(x, *x.shape, dtype=x.dtype), _new(x, *y.shape, dtype=y.dtype)
-    drot = _new(x, 0) if rot is None else _new(x, *rot.shape, dtype=rot.dtype)
-    dw = _new(x, 0) if weight is None else _new(x, *weight.shape)
+    dx, dy = launching.new(x, *x.shape, dtype=x.dtype), launching.new(x, *y.shape, dtype=y.dtype)
+    drot = launching.new(x, 0) if rot is None else launching.new(x, *rot.shape, dtype=rot.dtype)
+    dw = launching.new(x, 0) if weight is None else launching.new(x, *weight.shape)
     if 0 in (b, h, m, f, e):
         return dx.zero_(), dy.zero_(), drot.zero_(), dw.zero_()
     _, _, dot, precision = _types(x, feature)
-    t = tiles("state_bwd", _backend(), dot, f, e)
+    t = tiles("state_bwd", platform(), dot, f, e)
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    with _device(x):
+    with on_device(x):
         tk.linear_state_bwd_kernel[(b * h, triton.cdiv(m, t.rows))](
             x, x if rot is None else rot, y, x if mask is None else mask, x if weight is None else weight.contiguous(),
             ds.contiguous(), da.contiguous(), db.contiguous(), dc.contiguous(), dx, drot, dy, dw,
@@ -158,12 +146,12 @@ def read_fwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, mode, feature) -> T
     q, rot = _rows(q), _rows(rot)
     b, h, n, f = q.shape
     e = state.shape[-1]
-    out = _new(q, b, h, n, e, dtype=q.dtype)
+    out = launching.new(q, b, h, n, e, dtype=q.dtype)
     if 0 in (b, h, n, f, e):
         return out.zero_()
     dot, precision, _, _ = _types(q, feature)
-    t = tiles("read_fwd", _backend(), dot, f, e)
-    with _device(q):
+    t = tiles("read_fwd", platform(), dot, f, e)
+    with on_device(q):
         tk.linear_read_fwd_kernel[(b * h, triton.cdiv(n, t.rows))](
             q, q if rot is None else rot, *_small(state, kbar, kbar_rot, vbar, gain, eps), out,
             *_strides(q), *_strides(rot),
@@ -179,15 +167,15 @@ def read_bwd(q, rot, state, kbar, kbar_rot, vbar, gain, eps, do, mode, feature):
     q, rot, do = _rows(q), _rows(rot), _rows(do)
     b, h, n, f = q.shape
     e = state.shape[-1]
-    dq = _new(q, *q.shape, dtype=q.dtype)
-    drot = _new(q, 0) if rot is None else _new(q, *rot.shape, dtype=rot.dtype)
+    dq = launching.new(q, *q.shape, dtype=q.dtype)
+    drot = launching.new(q, 0) if rot is None else launching.new(q, *rot.shape, dtype=rot.dtype)
     if 0 in (b, h, n, f, e):
-        zero = lambda *s: _new(q, *s).zero_()  # noqa: E731
+        zero = lambda *s: launching.new(q, *s).zero_()  # noqa: E731
         return dq.zero_(), drot.zero_(), zero(b, h, f, e), zero(b, h, f), zero(b, h, f) if rot is not None else zero(0), zero(b, h, e)  # fmt: skip
     fwd_dot, _, dot, precision = _types(q, feature)
-    t = tiles("read_bwd", _backend(), dot, f, e)
-    weights = tuple(_new(q, b, h, n) for _ in range(4))
-    with _device(q):
+    t = tiles("read_bwd", platform(), dot, f, e)
+    weights = tuple(launching.new(q, b, h, n) for _ in range(4))
+    with on_device(q):
         tk.linear_read_bwd_q_kernel[(b * h, triton.cdiv(n, t.rows))](
             q, q if rot is None else rot, *_small(state, kbar, kbar_rot, vbar, gain, eps), do, dq, drot, *weights,
             *_strides(q), *_strides(rot), *_strides(do),

@@ -1,15 +1,15 @@
 """Launches the kernels of Taylor features, and hands their cases to the compile gate."""
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.choice import interpreting
 from kernels._common.cost import Cost
+from kernels._common.launching import on_device, platform, pow2
 from kernels._common.targets import GateCase, Target
 from kernels._common.widths import largest
 from kernels.linear import taylor_triton as tk
@@ -27,11 +27,7 @@ class Tiles:
 def tiles(dtype: str, e: int) -> Tiles:
     """The same table serves launches and the compile gate. 65 value channels, one of them a sum of weights, make three tiles of 32."""
     wide = dtype == "bfloat16" and -e % 64 < 32
-    return Tiles(64, min(64 if wide else 32, _pow2(e)), 4)
-
-
-def _pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return Tiles(64, min(64 if wide else 32, pow2(e)), 4)
 
 
 def dot_type(dtype: str, backend: str) -> tuple[str, str]:
@@ -46,11 +42,7 @@ def _types(dtype: str) -> tuple[str, str]:
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32", "ieee"
-    return dot_type(dtype, "hip" if torch.version.hip else "cuda")
-
-
-def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=dtype)
+    return dot_type(dtype, platform())
 
 
 def _run(
@@ -59,18 +51,17 @@ def _run(
     _, d, e = sizes
     dtype = str(tensors[0].dtype)[6:]
     t, (dot, precision) = tiles(dtype, e), _types(dtype)
-    device = tensors[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on_device(tensors[0]):
         kernel[grid](
             *tensors, *sizes, **factors,
-            BD=_pow2(d), BE=t.be, BL=t.bl, DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=t.warps, num_stages=1,
+            BD=pow2(d), BE=t.be, BL=t.bl, DOT=tk.DOT_TYPES[dot], PRECISION=precision, num_warps=t.warps, num_stages=1,
         )  # fmt: skip
 
 
 def state(x: Tensor, y: Tensor) -> Tensor:
     """x [G, L, D], y [G, L, E] -> T [G, 1 + D + D D, E] in float32."""
     (g, length, d), e = x.shape, y.shape[2]
-    out = _new(x, g, 1 + d + d * d, e)
+    out = launching.new(x, g, 1 + d + d * d, e)
     if 0 in (g, length, d, e):
         return out.zero_()
     t = tiles(str(x.dtype)[6:], e)
@@ -82,7 +73,7 @@ def state(x: Tensor, y: Tensor) -> Tensor:
 def read(x: Tensor, t: Tensor, coefficients: list[float]) -> Tensor:
     """x [G, L, D], T -> [G, L, E] in float32."""
     (g, length, d), e = x.shape, t.shape[2]
-    out = _new(x, g, length, e)
+    out = launching.new(x, g, length, e)
     if 0 in (g, length, d, e):
         return out.zero_()
     size = tiles(str(x.dtype)[6:], e)
@@ -96,7 +87,7 @@ def read(x: Tensor, t: Tensor, coefficients: list[float]) -> Tensor:
 def slope(x: Tensor, up: Tensor, t: Tensor, coefficients: list[float]) -> Tensor:
     """x [G, L, D], up [G, L, E], T -> [G, L, D] in float32."""
     (g, length, d), e = x.shape, t.shape[2]
-    out = _new(x, g, length, d)
+    out = launching.new(x, g, length, d)
     if 0 in (g, length, d, e):
         return out.zero_()
     size = tiles(str(x.dtype)[6:], e)
@@ -124,7 +115,7 @@ def _gate_cases(target: Target, dtype: str, dim: int, d: int) -> Iterable[GateCa
     shape = f"G{GATE_GROUPS} L{GATE_LENGTH} D{d} E{dim}"
     tokens, rows = float(GATE_GROUPS * GATE_LENGTH), 1 + d + d * d
     moved = tokens * (d + e) * (4 if dtype == "float32" else 2) + 4.0 * GATE_GROUPS * rows * e
-    consts = {"BD": _pow2(d), "BE": t.be, "BL": t.bl, "DOT": tk.DOT_TYPES[dot], "PRECISION": precision}
+    consts = {"BD": pow2(d), "BE": t.be, "BL": t.bl, "DOT": tk.DOT_TYPES[dot], "PRECISION": precision}
     single = {"T": "fp32", "O": "fp32", "DX": "fp32"}
     kinds = [(tk.taylor_state_fwd_kernel, "values", {"X": data, "Y": data})]
     kinds += (

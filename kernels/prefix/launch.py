@@ -1,13 +1,13 @@
 """Launches the recurrence kernel, and hands its cases to the compile gate."""
 
-import contextlib
 from collections.abc import Iterable
 
-import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.cost import Cost
+from kernels._common.launching import on_device, pow2
 from kernels._common.targets import GateCase, Target
 from kernels.prefix import triton as tk
 
@@ -18,22 +18,17 @@ WARPS = 4
 
 def _channels(c: int) -> int:
     """Channels of a program: few, since time is sequential and channels are all the parallel work there is."""
-    return min(32, max(16, triton.next_power_of_2(c)))
-
-
-def _new(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=torch.float32)
+    return min(32, pow2(c))
 
 
 def scan(a: Tensor, x: Tensor, start: Tensor | None) -> Tensor:
     """a [L, N, C] or [L, N, 1], x [L, N, C], start [L, C] or None, float32 -> [L, N, C]."""
     length, n, c = x.shape
-    out = _new(x, length, n, c)
+    out = launching.new(x, length, n, c)
     if 0 in (length, n, c):
         return out
     x, a = x.contiguous(), a.contiguous()
-    where = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with where:
+    with on_device(x):
         tk.diag_scan_fwd_kernel[(length, triton.cdiv(c, _channels(c)))](
             a, x, x if start is None else start.contiguous(), out, n, c, a.shape[2],
             HAS_START=start is not None, BT=STEPS, BC=_channels(c), num_warps=WARPS, num_stages=1,

@@ -6,14 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
 from kernels._common.cost import Cost
+from kernels._common.launching import on_device, platform, pow2, row_dense
 from kernels._common.targets import GateCase, Target
 from kernels.selected import triton as tk
 from kernels.softmax import cases
-from kernels.softmax.launch import Problem, _new, on_device, row_dense
+from kernels.softmax.launch import Problem
 from kernels.softmax.launch import operands as shared_operands
 from kernels.softmax.operands import Operands
-from kernels.softmax.tiles import Tiles, backend, dot_types, pow2, types_of
+from kernels.softmax.tiles import Tiles, dot_types, types_of
 from kernels.softmax.triton import DOT_TYPES
 
 
@@ -34,7 +36,7 @@ def _plan(
 ) -> tuple[tk.Config, dict]:
     dot, precision = types_of(q)
     d = q.shape[3]
-    t = tiles(kernel, backend(), dot, max(d, e))
+    t = tiles(kernel, platform(), dot, max(d, e))
     rows = t.queries if kernel in ("bwd_dkdv", "scores") else pow2(group)
     config = tk.Config(
         scale, band, block_size, rows, t.keys, pow2(d), pow2(e), DOT_TYPES[dot], precision, t.piece
@@ -70,7 +72,7 @@ def fwd(q, k, v, index, key_mask, pos_q, pos_k, block_size, causal, scale) -> tu
     q, k, v = row_dense(q), row_dense(k), row_dense(v)
     b, h, n, _ = q.shape
     e = v.shape[3]
-    out, lse = _new(q, b, h, n, e, dtype=q.dtype), _new(q, b, h, n)
+    out, lse = launching.new(q, b, h, n, e, dtype=q.dtype), launching.new(q, b, h, n)
     if 0 in (b, h, n, k.shape[2], index.shape[3]):
         return out.zero_(), lse.fill_(-torch.inf)
     size = _sizes(q, k, e, index.shape[3], block_size)
@@ -89,7 +91,7 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, do = row_dense(q), row_dense(k), row_dense(v), row_dense(do)
     b, n, e = q.shape[0], q.shape[2], v.shape[3]
-    dq, dk, dv = (_new(q, *t.shape, dtype=t.dtype) for t in (q, k, v))
+    dq, dk, dv = (launching.new(q, *t.shape, dtype=t.dtype) for t in (q, k, v))
     if 0 in (b, q.shape[1], n, k.shape[2], index.shape[3]):
         return dq.zero_(), dk.zero_(), dv.zero_()
     size = _sizes(q, k, e, index.shape[3], block_size)
@@ -126,7 +128,7 @@ def scores(
     b, hk, n, nb = q.shape[0], k_cmp.shape[1], q.shape[2], stencil.shape[1]
     if 0 in (b, n, nb, *k_cmp.shape[1:3]):
         return q.new_zeros(b, hk, n, nb, dtype=torch.float32)
-    out = _new(q, b, hk, n, nb)
+    out = launching.new(q, b, hk, n, nb)
     size = _sizes(q, k_cmp, q.shape[3], 1, 1)._replace(nb=nb)
     config, options = _plan("scores", q, q.shape[3], size.g, 1, scale, 0)
     # Rows of the stencil that touch a tile of selection blocks.

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 from kernels._common.cost import Cost
+from kernels._common.launching import pow2
 from kernels._common.targets import GateCase, Target
 from kernels.softmax import triton as tk
 from kernels.softmax.operands import Config, Operands, Sizes
 from kernels.softmax.skipping import widest
-from kernels.softmax.tiles import bias_kernel, dot_types, pow2, skip_table, table
+from kernels.softmax.tiles import bias_kernel, dot_types, skip_table, table
 
 BATCH, HEADS, LENGTH = 8, 16, 4096
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

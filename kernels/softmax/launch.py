@@ -1,6 +1,5 @@
 """Launches the Triton kernels: operands, grids, splits."""
 
-import contextlib
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -8,11 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels._common import launching
+from kernels._common.launching import on_device, platform, pow2, row_dense
 from kernels.softmax import tiles
 from kernels.softmax import triton as tk
 from kernels.softmax.combine import merge_lse
 from kernels.softmax.operands import Config, Lists, Operands, Sizes
-from kernels.softmax.tiles import Tiles, pow2, types_of
+from kernels.softmax.tiles import Tiles, types_of
 
 # Where the tiles of queries are fewer than half of this, the keys are split over so many programs.
 SPLIT_PROGRAMS = 256
@@ -51,19 +52,6 @@ class Sparse(NamedTuple):
     rule: tuple[int, ...]
     queries: int
     keys: int
-
-
-def row_dense(t: Tensor) -> Tensor:
-    """Kernels take any strides but the last."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def on_device(t: Tensor):
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
-def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, device=like.device, dtype=dtype)
 
 
 def _steps(t: Tensor, axes: int) -> list[int]:
@@ -128,7 +116,7 @@ class Call:
         rich = pairwise or placed or self.sparse is not None or p.softcap > 0
         scores = "factors" if p.phi_q is not None else "rich" if rich else "plain"
         widths, arch = (self.size.d, self.size.e), tiles.compute_capability()
-        found = tiles.table(kernel, tiles.backend(), dot, *widths, arch, scores)
+        found = tiles.table(kernel, platform(), dot, *widths, arch, scores)
         if p.skip:
             return tiles.skip_table(kernel, found, p.skip, dot, *widths, arch)
         if self.sparse is not None:
@@ -166,13 +154,17 @@ def fwd(p: Problem, sparse: Sparse | None = None) -> tuple[Tensor, Tensor, Tenso
     b, (h, _, n, m, _, e, _) = call.batch, call.size
     kept = torch.zeros(kept_shape(p), dtype=torch.uint8, device=p.q.device)
     if call.empty:
-        return _new(p.q, b, h, n, e, dtype=p.q.dtype).zero_(), _new(p.q, b, h, n).fill_(-torch.inf), kept
+        return (
+            launching.new(p.q, b, h, n, e, dtype=p.q.dtype).zero_(),
+            launching.new(p.q, b, h, n).fill_(-torch.inf),
+            kept,
+        )
     call.mark(kept)
     t = call.tiles("fwd")
     splits = call.splits(t)
     parts = () if splits == 1 else (splits,)
-    out = _new(p.q, *parts, b, h, n, e, dtype=p.q.dtype if splits == 1 else torch.float32)
-    lse = _new(p.q, *parts, b, h, n)
+    out = launching.new(p.q, *parts, b, h, n, e, dtype=p.q.dtype if splits == 1 else torch.float32)
+    lse = launching.new(p.q, *parts, b, h, n)
     span = triton.cdiv(triton.cdiv(m, t.keys), splits) if parts else None
     lists = None if sparse is None else sparse.rows
     with on_device(p.q):
@@ -212,12 +204,12 @@ def bwd(
     grouped = h != hk
     part = torch.float32 if grouped else p.q.dtype
     dq, dk, dv = (
-        _new(p.q, b, h, n, d, dtype=p.q.dtype),
-        _new(p.q, b, h, m, d, dtype=part),
-        _new(p.q, b, h, m, e, dtype=part),
+        launching.new(p.q, b, h, n, d, dtype=p.q.dtype),
+        launching.new(p.q, b, h, m, d, dtype=part),
+        launching.new(p.q, b, h, m, e, dtype=part),
     )
-    dphi = (None, None) if r is None else (_new(p.q, b, h, n, r), _new(p.q, b, h, m, r))
-    db = _new(p.q, *p.bias.shape) if want_bias else None
+    dphi = (None, None) if r is None else (launching.new(p.q, b, h, n, r), launching.new(p.q, b, h, m, r))
+    db = launching.new(p.q, *p.bias.shape) if want_bias else None
     if call.empty:
         zeros = [None if t is None else t.zero_() for t in (dq, *dphi, db)]
         return Gradients(zeros[0], torch.zeros_like(p.k), torch.zeros_like(p.v), *zeros[1:])

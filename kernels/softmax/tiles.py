@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels._common.choice import interpreting
+from kernels._common.launching import platform, pow2
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,13 @@ def skip_table(kernel: str, plain: Tiles, skip: Sequence[int], dot: str, d: int,
 
 def bias_kernel(where: str | None = None) -> bool:
     """Whether the kernel for the bias gradient fits: not in AMD's scalar registers."""
-    return (where or backend()) == "cuda"
-
-
-def pow2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return (where or platform()) == "cuda"
 
 
 def dot_types(dtype: str, backend: str) -> tuple[str, str]:
     if dtype == "float32":
         return "float32", "ieee" if backend == "hip" else "tf32x3"
     return dtype, "ieee" if backend == "hip" else "tf32"
-
-
-def backend() -> str:
-    return "hip" if torch.version.hip else "cuda"
 
 
 def compute_capability() -> int:
@@ -109,4 +101,4 @@ def types_of(t: Tensor) -> tuple[str, str]:
     if interpreting():
         # bf16 products are wrong in the interpreter (triton issue 11584).
         return "float32" if t.dtype == torch.bfloat16 else str(t.dtype)[6:], "ieee"
-    return dot_types(str(t.dtype)[6:], backend())
+    return dot_types(str(t.dtype)[6:], platform())

