@@ -15,7 +15,10 @@ from zoo.predict._serving import blocked_top_k, pad_left
 
 
 class TaskPredictor(Predictor):
-    """Top-k for histories such as `50,181,172`, or a file with one history a line."""
+    """Top-k for histories such as `50,181,172`, or a file with one history a line.
+
+    Histories have no times: a model that was trained with them (hstu) leaves its biases of time out.
+    """
 
     def __init__(self, model: nn.Module, card: dict[str, Any]) -> None:
         super().__init__(model, card)
