@@ -115,8 +115,31 @@ def test_nothing_is_timed_while_tests_fail(what, selection, monkeypatch, capsys)
     assert "no timing while tests fail" in capsys.readouterr().err and selection in asked[0]
 
 
-def test_unknown_names_are_said(capsys):
-    assert main(["bench", "masks", "--no-tests", "--only", "casual"]) == 2
-    assert "did you mean 'causal'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "what, name, near",
+    [
+        ("ops", "lineer", "linear"),
+        ("ops-memory", "delat", "delta"),
+        ("efficiency", "malla", "mala"),
+        ("masks", "casual", "causal"),
+        ("memory", "gman_stp", "gman_step"),
+    ],
+)
+def test_unknown_names_are_said_before_anything_runs(what, name, near, monkeypatch, capsys):
+    from zoo.cli import bench
+
+    monkeypatch.setattr(bench, "require_green", lambda _: pytest.fail("tests ran first"))
+    assert main(["bench", what, "--only", name]) == 2
+    said = capsys.readouterr().err
+    assert repr(name) in said and repr(near) in said and "Traceback" not in said
+
+
+def test_names_where_there_are_none_to_choose_are_refused(capsys):
+    for command in (["sensors"], ["--task", "vit"]):
+        assert main(["bench", *command, "--only", "mala"]) == 2
+        assert "leave --only out" in capsys.readouterr().err
     assert main(["bench", "efficiency", "--no-tests", "--patterns", "crooss"]) == 2
     assert "did you mean 'cross'" in capsys.readouterr().err
+    only = ["--only", "decay step by step", "--lengths", "9000"]
+    assert main(["bench", "ops", "--no-tests", *only]) == 2
+    assert "shorter --lengths" in capsys.readouterr().err

@@ -65,15 +65,20 @@ def ours() -> dict[str, Operation]:
     }
 
 
+def names() -> list[str]:
+    """Of the operations and peers at their shortest."""
+    return [*PEERS, *scans.peers(), *ops_sparse.peers(1), *ours()]
+
+
 def compare_at(tokens: int, names: list[str] | None = None, budget_s: float = 40.0) -> dict[str, Timing]:
-    """All operations and peers at one length; slow ones are still given three rounds."""
+    """All operations and peers at one length, as far as they go there; slow ones are still given three rounds."""
     operations = {**PEERS, **scans.peers(), **ops_sparse.peers(tokens), **ours()}
     chosen = {
         n: operation(f, tokens)
         for n, f in operations.items()
         if (names is None or n in names) and tokens <= scans.LONGEST.get(n, tokens)
     }
-    return take_turns(chosen, rounds=20, warmup=2, budget_s=budget_s)
+    return take_turns(chosen, rounds=20, warmup=2, budget_s=budget_s) if chosen else {}
 
 
 def exponent(lengths: list[int], times_ms: list[float]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, unknown
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             "say what to time: `bench ops`, `ops-memory`, `efficiency`, `masks`, `sensors`, `memory` or `bench --task vit`"
         )
+    check_names(args.what, args.only or [])
     if args.what == "memory":
         from zoo.bench.memory import measure, show
 
@@ -67,6 +68,32 @@ def main(argv: list[str]) -> int:
 
         write_csv(args.csv, rows)
     return 0
+
+
+def check_names(what: str | None, names: list[str]) -> None:
+    """Refuse names that are not there, before anything runs.
+
+    Raises:
+        ConfigError: An unknown name, or a benchmark that has no choice of names.
+    """
+    from zoo.attention import list_attention
+    from zoo.bench import masks, memory, ops
+
+    choices = {
+        "ops": ("operation", ops.names),
+        "ops-memory": ("operation", ops.ours),
+        "efficiency": ("attention", list_attention),
+        "masks": ("mask", lambda: masks.KINDS),
+        "memory": ("memory case", lambda: memory.CASES),
+    }
+    if names and what not in choices:
+        raise ConfigError(
+            f"--only {names[0]!r}: `bench {what or '--task'}` has no names to choose from; leave --only out, or use it with {', '.join(choices)}"
+        )
+    for name in names:
+        kind, known = choices[what]
+        if name not in known():
+            raise unknown(kind, name, known())
 
 
 def require_green(selection: list[str]) -> None:
@@ -123,6 +150,8 @@ def time_ops(args: argparse.Namespace) -> list[dict]:
 
     lengths = args.lengths or [256, 1024, 4096, 16384]
     by_length = {n: compare_at(n, args.only) for n in lengths}
+    if not any(by_length.values()):
+        raise ConfigError(f"--only {' '.join(args.only)}: not timed at {lengths}; ask for shorter --lengths")
     table = Table("operation (fwd + bwd, ms)", *map(str, lengths), "SDPA / ours at the longest", "exponent")
     last = by_length[lengths[-1]]
     # Some contestants stop at a shorter length.
