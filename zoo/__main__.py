@@ -37,6 +37,9 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"error: {error.strerror or error}: {error.filename2 or error.filename}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

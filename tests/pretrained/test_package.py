@@ -97,6 +97,8 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
         package(run(tmp_path / "b", config={"root": "/home/someone/data"}), target)
     with pytest.raises(WeightsError, match="finished run"):
         package(tmp_path, target)
+    with pytest.raises(WeightsError, match="has no command, data; package a finished run"):
+        package(tiny_weights("vit", tmp_path / "bare").parent, target)
     monkeypatch.setattr("zoo.pretrained.package.MAX_BYTES", 1000)
     with pytest.raises(WeightsError, match="--storage half or byte"):
         package(run(tmp_path / "c"), target)

@@ -52,6 +52,19 @@ def test_task_options_and_unknown_ones(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["predict", str(tiny_weights("vit", tmp_path)), str(tmp_path / "empty")]) == 2
     assert "empty: nothing there that weights of task 'vit' read" in capsys.readouterr()[1]
+    for argument, text in (
+        (["--output", str(tmp_path / "empty")], "is a folder; name a file"),
+        ([""], "none of them empty"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", weights, "i1", *argument])
+        assert text in capsys.readouterr()[1]
+    assert main(["predict", weights, "i1", "--output", str(tmp_path / "histories.txt" / "o.csv")]) == 2
+    assert (
+        "error: " in (said := capsys.readouterr()[1]) and "histories.txt" in said and "Traceback" not in said
+    )
+    assert main(["convert", weights, "attention=mala", "--out", str(tmp_path / "c.safetensors")]) == 2
+    assert "holds no configuration" in capsys.readouterr()[1]
     assert main(["predict", str(tiny_weights("ctr", tmp_path)), "3:1", "--figures", str(tmp_path)]) == 2
     assert "have no figure" in capsys.readouterr()[1]
 

@@ -25,6 +25,8 @@ def test_predictor_writes_fields(tmp_path):
     assert predictor.preprocess(str(tmp_path / "points.csv")).tolist() == [[0.1, 0.5], [0.2, 1.5]]
     for bad, text in (
         ("grid:4", "one positive number per coordinate"),
+        ("grid:99999999x99999999", "9,999,999,800,000,001 points; at most"),
+        (np.zeros((0, 2)), "N > 0"),
         ([[5.0, 0.0]], "outside the trained box"),
     ):
         with pytest.raises(DataError, match=text):

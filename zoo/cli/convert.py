@@ -7,7 +7,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,6 +50,10 @@ def main(argv: list[str]) -> int:
     quiet()
     path = resolve(args.weights)
     card = read_card(path)
+    if "config" not in card:
+        raise WeightsError(
+            f"the card of {args.weights} holds no configuration, so its task and data are not known"
+        )
     cfg = OmegaConf.create(card["config"])
     data = build_data(cfg)
     task, _ = build_task(cfg, data)

@@ -36,8 +36,12 @@ def main(argv: list[str]) -> int:
 
     predictor = load(args.weights)
     inputs = [*args.inputs, *predictor.options(options)]
-    if not inputs:
-        parser.error("give at least one input")
+    if not inputs or "" in inputs:  # an empty path would be the folder that one is in
+        parser.error("give at least one input, none of them empty")
+    if args.output:  # before the work, not after it
+        if args.output.is_dir():
+            parser.error(f"--output {args.output} is a folder; name a file")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
     raws = list(predictor.inputs(inputs))

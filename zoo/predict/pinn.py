@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zoo.layers.derivatives import Derivatives, derivatives, multi_index
 from zoo.predict import COMMON_OPTIONS, Predictor
 
 _SUFFIXES = (".npz", ".csv", ".vtk", ".vtu")
+MOST_POINTS = 100_000_000
 
 
 class TaskPredictor(Predictor):
@@ -60,15 +62,20 @@ class TaskPredictor(Predictor):
                 raise DataError(
                     f"{raw!r}: give one positive number per coordinate, e.g. grid:{'x'.join(['50'] * len(names))}"
                 )
+            if math.prod(counts) > MOST_POINTS:
+                raise DataError(
+                    f"{raw!r} has {math.prod(counts):,} points; at most {MOST_POINTS:,} at a time"
+                )
             axes = [np.linspace(a, b, n) for a, b, n in zip(lower, upper, counts, strict=True)]
             points = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], 1)
         elif isinstance(raw, str):
             points = _read(Path(raw), names)
         else:
             points = np.asarray(raw, float)
-        if points.ndim != 2 or points.shape[1] != len(names) or not np.isfinite(points).all():
+        shape = points.ndim == 2 and len(points) > 0 and points.shape[1] == len(names)
+        if not shape or not np.isfinite(points).all():
             raise DataError(
-                f"points must be finite numbers [N, {len(names)}] in the order {', '.join(names)}"
+                f"points must be finite numbers [N, {len(names)}], N > 0, in the order {', '.join(names)}"
             )
         outside = ((points < np.array(lower) - 1e-9) | (points > np.array(upper) + 1e-9)).any(1)
         if outside.any():

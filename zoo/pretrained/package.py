@@ -56,6 +56,8 @@ def package(
     if not source.exists():
         raise WeightsError(f"{run} holds no weights.safetensors; package a finished run folder")
     card = read_card(source)
+    if absent := [key for key in ("command", "data", "metrics") if key not in card]:
+        raise WeightsError(f"the card in {run} has no {', '.join(absent)}; package a finished run folder")
     card["licence"] = licence or card.get("licence")
     if not card["licence"]:
         raise WeightsError(f"the data of {run} name no licence; give one with --licence TEXT")
