@@ -55,8 +55,12 @@ class CocoData(FileScenes):
                 continue
             try:
                 found, categories = self._read_file(root / file)
+            except DataError:
+                raise
             except KeyError as error:
                 raise DataError(f"{root / file}: an image, annotation or category has no {error}") from None
+            except (TypeError, ValueError, AttributeError) as error:
+                raise DataError(f"{root / file} is not a COCO instances file: {error}") from None
             if names is not None and categories != names:
                 raise DataError(f"{root / file}: its categories differ from those of {self.files['train']}")
             records[split], names = found, categories

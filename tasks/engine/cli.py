@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from zoo.errors import CapabilityError, ZooError, closest
 
@@ -131,7 +131,8 @@ def _hydra_text(error: BaseException) -> str:
         path = override[1]
         known = _known_keys(path)
         near = closest(path.rsplit(".", 1)[-1], known)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys there: {', '.join(known)}"
+        hint = f"known keys there: {', '.join(known)}" if known else f"to add it, write +{path}=..."
+        hint = f"did you mean {' or '.join(near)}?" if near else hint
         return f"unknown key {path!r}; {hint}"
     return " ".join(text.split())
 
@@ -148,9 +149,9 @@ def _known_keys(path: str) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            node: Any = compose("config", given)
-        for part in path.split(".")[:-1]:
-            node = node[part]
-        return sorted(map(str, node.keys()))
+            cfg = compose("config", given)
+        parent = path.rpartition(".")[0]
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        return sorted(map(str, node.keys())) if OmegaConf.is_dict(node) else []
     except (HydraException, OmegaConfBaseException):  # another argument is wrong too: no hint
         return []

@@ -40,9 +40,15 @@ def run_folder(resume: str | None, fresh: str) -> str:
     """Resolver `run_folder`: the folder to continue, or a fresh one."""
     if not resume or resume == AUTO:
         return fresh
-    if not (Path(resume) / FILE).exists():
+    return str(_stored(resume).parent.resolve())
+
+
+def _stored(resume: str) -> Path:
+    """The configuration of the run to continue."""
+    path = Path(resume) / FILE
+    if not path.exists():
         raise ConfigError(f"resume={resume}: no run there ({FILE} is missing); give a run folder")
-    return str(Path(resume).resolve())
+    return path
 
 
 def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -57,7 +63,7 @@ def merge_resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """
     if not cfg.resume or cfg.resume == AUTO:
         return cfg
-    merged = OmegaConf.load(Path(cfg.resume) / FILE)
+    merged = OmegaConf.load(_stored(cfg.resume))
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
     refused = []
     for key in (o.split("=")[0].lstrip("+~") for o in overrides):

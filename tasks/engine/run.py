@@ -30,7 +30,7 @@ from tasks.engine.protocol import Budget, describe, settle
 from tasks.engine.report import print_result, print_slots
 from tasks.engine.resume import write_config
 from tasks.engine.sharding import load_whole_state, make_whole, whole_state
-from tasks.engine.trainer import build_trainer
+from tasks.engine.trainer import build_trainer, check_settings
 from zoo.attention.slots import AttentionFactory, slot_table
 from zoo.layers.flops import count_flops
 from zoo.pretrained.weights import save_tensors
@@ -111,6 +111,7 @@ def train(cfg: DictConfig, folder: Path) -> Fitted:
 
 
 def _train_once(cfg: DictConfig, folder: Path, keep: bool) -> Fitted:
+    check_settings(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     torch.set_float32_matmul_precision(cfg.trainer.matmul_precision)
     if cfg.trainer.threads:

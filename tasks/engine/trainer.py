@@ -10,13 +10,45 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from tasks.base import ZooTask
 from tasks.engine.build import plain
 from tasks.engine.callbacks import AtomicCheckpointIO, build_callbacks
 from tasks.engine.csv_logger import MetricsCsv
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, unknown
+
+PRECISIONS = ("highest", "high", "medium")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse numbers that would fail later, or not at all.
+
+    Raises:
+        ConfigError: A seed, or an option of trainer or callbacks, outside its range.
+    """
+    trainer, callbacks = cfg.trainer, cfg.callbacks
+    whole = {
+        "seed": (cfg.seed, 0, 2**32 - 1),
+        "trainer.threads": (trainer.threads, 1, None),
+        "trainer.accumulate_grad_batches": (trainer.accumulate_grad_batches, 1, None),
+        "trainer.check_val_every_n_epoch": (trainer.check_val_every_n_epoch, 1, None),
+        "trainer.max_epochs": (trainer.max_epochs, -1, None),
+        "trainer.max_steps": (trainer.max_steps, -1, None),
+        "callbacks.early_stop_patience": (callbacks.early_stop_patience, 1, None),
+        "callbacks.checkpoint_every_steps": (callbacks.checkpoint_every_steps, 1, None),
+    }
+    for name, (value, low, high) in whole.items():
+        number = isinstance(value, int) and low <= value and (high is None or value <= high)
+        if value is not None and not number:
+            limit = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{name}={value} must be a whole number {limit}")
+    clip = trainer.gradient_clip_val
+    if clip is not None and clip <= 0:
+        raise ConfigError(f"trainer.gradient_clip_val={clip} must be positive, or null for none")
+    if trainer.matmul_precision not in PRECISIONS:
+        raise unknown("trainer.matmul_precision", str(trainer.matmul_precision), PRECISIONS)
 
 
 def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Callback]) -> L.Trainer:
@@ -29,20 +61,26 @@ def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Cal
     elif options["strategy"] == "ddp":
         # Not every option of every model uses all parameters in every step (no categories in a table, CTC alone at first).
         options["strategy"] = DDPStrategy(find_unused_parameters=True)
-    trainer = L.Trainer(
-        **options,
-        default_root_dir=folder,
-        logger=build_loggers(cfg, folder),
-        # The budget first: what it decides after a step counts for the checkpoints of that step.
-        callbacks=budget
-        + build_callbacks(task, folder, cfg.seed, terminal=sys.stdout.isatty(), **plain(cfg.callbacks)),
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-        enable_progress_bar=_wants_bar(cfg),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
+    loggers = build_loggers(cfg, folder)
+    # The budget first: what it decides after a step counts for the checkpoints of that step.
+    callbacks = budget + build_callbacks(
+        task, folder, cfg.seed, terminal=sys.stdout.isatty(), **plain(cfg.callbacks)
     )
+    try:
+        trainer = L.Trainer(
+            **options,
+            default_root_dir=folder,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_model_summary=False,
+            enable_progress_bar=_wants_bar(cfg),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+        )
+    except (MisconfigurationException, ValueError) as error:  # no such device, precision, strategy ...
+        raise ConfigError(f"trainer: {error}") from error
     if sharded and trainer.world_size == 1:
         raise ConfigError(
             "trainer.strategy=fsdp shares parameters among processes, and here is only one: give trainer.devices=2 or more "

@@ -50,6 +50,15 @@ def test_coco_ids_crowds_and_boxes(tmp_path):
     assert (data.pixel_classes(records["1.png"])[:, :30] == VOID).all()
 
 
+def test_coco_numbers_that_are_none_are_said(tmp_path):
+    coco_folder(tmp_path, images=1)
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["images"][0]["height"] = "tall"
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="annotations.json is not a COCO instances file: .*'tall'"):
+        create_data("coco", root=str(tmp_path)).setup()
+
+
 def test_coco_sample_is_scaled_and_padded(tmp_path):
     data = create_data("coco", root=str(coco_folder(tmp_path)), image_size=120)
     record = all_records(data)["0.png"]

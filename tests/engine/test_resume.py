@@ -67,6 +67,11 @@ def test_what_makes_another_run_is_refused_by_name(folder, change, said):
         resumed(folder, change)
 
 
+def test_a_folder_without_a_run_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="no run there"):
+        resumed(tmp_path)
+
+
 def test_the_folder_says_what_runs_and_keeps_what_ran(folder):
     before = OmegaConf.load(folder / "config.yaml")
     write_config(resumed(folder), folder)

@@ -111,6 +111,12 @@ def test_predict_and_show_commands(finished, tmp_path, capsys):
         (["trainer.max_epoch=3"], "did you mean max_epochs"),
         (["resume=/nope"], "no run there"),
         (["logger=csv", "callbacks.ema_decay=2"], r"outside [0, 1)"),
+        (["seed=-1"], "seed=-1 must be a whole number from 0"),
+        (["trainer.accumulate_grad_batches=0"], "must be a whole number of at least 1"),
+        (["trainer.gradient_clip_val=-1"], "must be positive, or null"),
+        (["trainer.matmul_precision=hihg"], "did you mean 'high'"),
+        (["trainer.precision=17"], "trainer: Precision 17 is invalid"),
+        (["task=pinn", "data=pinn", "data.physics.nu=1"], "to add it, write +data.physics.nu="),
     ],
 )
 def test_bad_input_gets_one_clear_line(overrides, text, tmp_path, capsys):
