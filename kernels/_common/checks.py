@@ -47,6 +47,12 @@ def check_key_mask(op: str, key_mask: Tensor | None, batch: int, keys: int) -> N
         )
 
 
+def check_shape(op: str, name: str, t: Tensor | None, *shape: int) -> None:
+    """Raise ValueError unless ``t`` is None or floating point of this shape: kernels read by shape, and torch would broadcast in silence."""
+    if t is not None and (tuple(t.shape) != shape or not t.is_floating_point()):
+        raise ValueError(f"{op}: {name} must be floating point {list(shape)}, got {t.dtype} {tuple(t.shape)}")
+
+
 def query_key_positions(
     op: str, positions: Positions | None, batch: int, queries: int, keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, cat, maximum, no_grad, zeros_like
 
-from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dtype
+from kernels._common.checks import Positions, check_key_mask, check_qkv, check_shape, work_dtype
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels._common.prefix import drop_keys, merge_axes
@@ -109,7 +109,7 @@ def decay_scan(
     (q,), (k, v, log_g, log_i), back = merge_axes(
         op, [(q, 0.0)], [(k, 0.0), (v, 0.0), (log_g, 0.0), (log_i, float("-inf"))], positions
     )
-    start, start_max = (None, None) if initial_state is None else initial_state
+    start, start_max = _start(op, initial_state, k, v, log_i)
     exponent = state_max = None
     if k.shape[2] == 0:
         o, exponent = v, log_i
@@ -145,6 +145,21 @@ def decay_scan(
         exponent = None if exponent is None else exponent.flip(2)
     out = _finish(o, exponent, normalizer, dtype)
     return (out, DecayState(state, state_max)) if return_state else out
+
+
+def _start(op: str, state: DecayState | None, k: Tensor, v: Tensor, log_i: Tensor | None):
+    """Sums [B, H, D, E] (a column more if normalised, as ``v`` then has) and exponent of an initial state, checked, in the type of sums."""
+    if state is None:
+        return None, None
+    b, h, _, d = k.shape
+    work = work_dtype(v.dtype)
+    check_shape(op, "initial_state.kv (with this normalizer)", state.kv, b, h, d, v.shape[3])
+    check_shape(op, "initial_state.exponent", state.exponent, b, h)
+    if log_i is None and state.exponent is not None:
+        raise ValueError(
+            f"{op}: initial_state has an exponent, which only a scan with log_i goes on from; give log_i (zeros for none)"
+        )
+    return state.kv.to(work), None if state.exponent is None else state.exponent.to(work)
 
 
 def _one_later(q, k, v, log_g, log_i):
@@ -229,7 +244,7 @@ def decay_state(
         cum = log_g.to(work).cumsum(2)
         across = cum[:, :, -1:] if cum.shape[2] else cum.sum(2, keepdim=True)
         to_end = across - cum
-    start, start_max = (None, None) if initial_state is None else initial_state
+    start, start_max = _start(op, initial_state, k, v, log_i)
     if log_i is not None:
         to_end = log_i.to(work) if to_end is None else to_end + log_i.to(work)
         across = to_end.new_zeros(*to_end.shape[:2], 1) if across is None else across

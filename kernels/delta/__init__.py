@@ -15,7 +15,7 @@ read and the final state for cross attention are this project's.
 
 from torch import Tensor
 
-from kernels._common.checks import Positions, check_key_mask, check_qkv, work_dtype
+from kernels._common.checks import Positions, check_key_mask, check_qkv, check_shape, work_dtype
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels._common.prefix import drop_keys, merge_axes
@@ -76,6 +76,7 @@ def delta_scan(
     impl = choose(op, impl, q, k, v, triton_gap=width_gap("delta", "key channels", k.shape[-1], k.dtype))
     dtype, work = v.dtype, work_dtype(v.dtype)
     q, k, v, beta, log_g = _work(work, key_mask, q, k, v, beta, log_g)
+    initial_state = _start(op, initial_state, k, v)
     if reverse:
         q, k, v, beta, log_g = (None if t is None else t.flip(2) for t in (q, k, v, beta, log_g))
     (q,), (k, v, beta, log_g), back = merge_axes(
@@ -116,6 +117,7 @@ def delta_state(
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])
     _check(op, k, beta, log_g, "inclusive")
     _, k, v, beta, log_g = _work(work_dtype(v.dtype), key_mask, k, k, v, beta, log_g)
+    initial_state = _start(op, initial_state, k, v)
     if k.shape[2] == 0:
         return k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
     if k.shape[2] == 1:
@@ -168,6 +170,11 @@ def cost(
 def _work(work, key_mask, q, k, v, beta, log_g):
     k, v, beta, log_g = drop_keys(key_mask, (k, 0.0), (v, 0.0), (beta, 0.0), (log_g, 0.0))
     return q.to(work), k.to(work), v.to(work), beta.to(work), None if log_g is None else log_g.to(work)
+
+
+def _start(op: str, state: Tensor | None, k: Tensor, v: Tensor) -> Tensor | None:
+    check_shape(op, "initial_state", state, *k.shape[:2], k.shape[3], v.shape[3])
+    return None if state is None else state.to(v.dtype)
 
 
 def _check(op: str, k: Tensor, beta: Tensor, log_g: Tensor | None, read: str) -> None:

@@ -26,11 +26,13 @@ class Tiles:
     warps: int
 
 
-def tiles(precision: str, d: int, e: int) -> Tiles:
-    """The same table serves launches and the compile gate. The state stays in registers, and a second time as an operand of the products."""
+def tiles(dot: str, precision: str, d: int, e: int) -> Tiles:
+    """The same table serves launches and the compile gate, which found its entries. The state stays in registers, and a second time as an
+    operand of the products."""
     bd, be = pow2(d), pow2(e)
     if bd <= 64:
-        return Tiles(16 if bd == 64 and precision == "tf32x3" else 32, bd, min(be, 32), 4)
+        few = bd == 64 and precision == "tf32x3"
+        return Tiles(64 if bd == 32 and dot == "bfloat16" else 32, bd, 16 if few else min(be, 32), 4)
     return Tiles(16, bd, 16 if bd > 128 or precision == "tf32x3" else min(be, 32), 8)
 
 
@@ -50,7 +52,7 @@ def walk(
     if 0 in (z, c, d, e):
         return x.zero_(), met.zero_(), last.copy_(initial)
     dot, precision = products_of(dtype)
-    t = tiles(precision, d, e)
+    t = tiles(dot, precision, d, e)
     gate = "none" if across is None else "scalar" if across.shape[2] == 1 else "keys"
     given = [initial if o is None else o.contiguous() for o in (across, extra)]
     with on_device(u):
@@ -86,7 +88,7 @@ GATE_BATCH, GATE_HEADS, GATE_CHUNKS = 8, 16, 64
 def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     """The walk with each kind of gate, forwards and backwards; products inside chunks and of their gradients."""
     dot, precision = dot_type(dtype, target.backend)
-    t = tiles(precision, dim, dim)
+    t = tiles(dot, precision, dim, dim)
     rows = GATE_BATCH * GATE_HEADS * GATE_CHUNKS
     shape = f"B{GATE_BATCH} H{GATE_HEADS} C{GATE_CHUNKS} D{dim}"
     products = dict(DOT=DOT_TYPES[dot], PRECISION=precision)

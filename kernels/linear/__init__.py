@@ -33,8 +33,10 @@ from kernels.linear.features import (
 )
 from kernels.linear.options import (
     check_causal,
+    check_initial,
     check_key_bias,
     check_option,
+    check_rotated,
     gap,
     key_weight,
     prefix,
@@ -152,6 +154,7 @@ def linear_attention(
         ).to(dtype)
     (k,) = torch_path.drop_keys(key_mask, k)
     phi_q, phi_k = apply_feature(feature, q), apply_feature(feature, k, side="k", key_mask=key_mask)
+    check_initial(op, initial_state, phi_k, v)
     if key_bias is not None:
         phi_k = phi_k * key_weight(key_bias)[..., None]
     if not causal:
@@ -235,6 +238,7 @@ def mala(
         initial_state.vsum is None or (initial_state.ksum_rot is None) != (rotated is None)
     ):
         raise ValueError("mala: initial_state needs vsum, and ksum_rot exactly when rotated= is given")
+    check_rotated(op, rotated, feature, q, k)
     impl = choose(op, impl, q, k, v, triton_gap=gap(op, causal, initial_state, feature, q))
     dtype, work = v.dtype, work_dtype(v.dtype)
     if impl == "triton" and not causal:
@@ -265,6 +269,7 @@ def mala(
         ).to(dtype)
     (k,) = torch_path.drop_keys(key_mask, k)
     phi_q, phi_k = apply_feature(feature, q), apply_feature(feature, k)
+    check_initial(op, initial_state, phi_k, v)
     scale = phi_q.shape[-1] ** -0.5 if scale is None else scale
     if not causal:
         state = torch_path.global_state(phi_k, v, key_mask, True, None if rotated is None else rotated[1])

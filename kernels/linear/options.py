@@ -3,11 +3,11 @@
 # Not "import torch": the submodule torch.py owns that name in this package.
 from torch import Tensor, searchsorted
 
-from kernels._common.checks import Positions, query_key_positions, work_dtype
+from kernels._common.checks import Positions, check_shape, query_key_positions, work_dtype
 from kernels._common.choice import interpreting
 from kernels._common.widths import width_gap
 from kernels.linear import torch as torch_path
-from kernels.linear.features import Feature, feature_size
+from kernels.linear.features import Feature, apply_feature, feature_size
 from kernels.linear.torch import LinearState
 
 
@@ -39,6 +39,25 @@ def check_key_bias(op: str, key_bias: Tensor | None, feature: Feature, k: Tensor
     if key_bias.dtype != k.dtype:
         key_bias = key_bias.to(k.dtype)
     return key_bias.expand(k.shape[:3]).clamp(max=30.0)
+
+
+def check_initial(op: str, state: LinearState | None, phi_k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless an initial state fits features [B, H, M, F] and values [B, H, M, E]."""
+    if state is not None:
+        (b, h, _, f), e = phi_k.shape, v.shape[3]
+        check_shape(op, "initial_state.kv", state.kv, b, h, f, e)
+        for name, size in (("ksum", f), ("ksum_rot", f), ("vsum", e)):
+            check_shape(op, f"initial_state.{name}", getattr(state, name), b, h, size)
+
+
+def check_rotated(
+    op: str, rotated: tuple[Tensor, Tensor] | None, feature: Feature, q: Tensor, k: Tensor
+) -> None:
+    """Raise ValueError unless rotated features fit those that they replace."""
+    if rotated is not None:
+        size = apply_feature(feature, q[..., :0, :]).shape[-1]
+        for name, t, like in (("rotated queries", rotated[0], q), ("rotated keys", rotated[1], k)):
+            check_shape(op, name, t, *like.shape[:3], size)
 
 
 def key_weight(key_bias: Tensor | None) -> Tensor | None:

@@ -123,6 +123,10 @@ def depthwise_grid(
     Prefix tokens are left out of input and output; tokens outside ``key_mask``, bool [B, prefix + h*w], count as zeros.
     """
     h, w = shape
+    if weight.shape[-1] % 2 == 0 or weight.shape[-1] != weight.shape[-2]:
+        raise ValueError(
+            f"depthwise_grid: a centred kernel needs the same odd side twice, got {tuple(weight.shape[-2:])}"
+        )
     image = _kept(x, key_mask)[:, prefix:].transpose(1, 2).unflatten(-1, (h, w))
     out = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
     return out.flatten(2).transpose(1, 2)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels._common.checks import check_key_mask, check_qkv, query_key_positions, work_dtype
+from kernels._common.checks import check_key_mask, check_qkv, check_shape, query_key_positions, work_dtype
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
 from kernels.memory import reference
@@ -83,11 +83,15 @@ def memory_scan(
         [B, H, N, E], dtype of ``v``; zeros where nothing has been learned.
     """
     op = "memory_scan"
-    _check(op, q, k, v, weights, gain, key_mask, chunk)
+    _check(op, q, k, v, weights, gain, (lr, log_keep, log_momentum), key_mask, chunk)
     if read not in ("inclusive", "exclusive"):
         raise ValueError(f"{op}: read={read!r} is unknown; choose from inclusive, exclusive")
     if reverse and (positions is not None or q.shape[2] != k.shape[2]):
         raise ValueError(f"{op}: reverse=True reads every query at its own key; give N = M and no positions")
+    if isinstance(positions, (tuple, list)):
+        raise ValueError(
+            f"{op}: give positions as one tensor, the index of each query's last key; keys are learned in their order"
+        )
     impl = choose(op, impl, q, k, v, triton_gap="memory_scan yet")
     n, m = q.shape[2], k.shape[2]
     if m == 0 or n == 0:
@@ -119,7 +123,7 @@ def memory_state(
     key_mask: Tensor | None = None,
 ) -> MemoryState:
     """The memory after all keys; arguments as in ``memory_scan``."""
-    _check("memory_state", k, k, v, weights, gain, key_mask, chunk)
+    _check("memory_state", k, k, v, weights, gain, (lr, log_keep, log_momentum), key_mask, chunk)
     inputs = torch_path.Inputs.prepare(k, v, lr, log_keep, log_momentum, key_mask, False)
     work = work_dtype(v.dtype)
     weights = tuple(w.to(work).expand(k.shape[0], *w.shape) for w in weights)
@@ -138,6 +142,8 @@ def memory_step(
     chunk: int = 16,
 ) -> MemoryState:
     """Learn one token: k [B, H, 1, D], v [B, H, 1, E], gates [B, H, 1]."""
+    if k.shape[2] != 1:
+        raise ValueError(f"memory_step: one token at a time, got {k.shape[2]}; memory_state learns many")
     work = state.weights[0].dtype
     return MemoryState(
         *torch_path.step(state, k.to(work), v.to(work), gain, lr, log_keep, log_momentum, chunk)
@@ -171,7 +177,7 @@ def cost(
     return Cost(flops, moved, batch * heads * 3 * size)
 
 
-def _check(op, q, k, v, weights, gain, key_mask, chunk) -> None:
+def _check(op, q, k, v, weights, gain, gates, key_mask, chunk) -> None:
     check_qkv(op, q, k, v)
     check_key_mask(op, key_mask, k.shape[0], k.shape[2])
     h, d, e = k.shape[1], k.shape[-1], v.shape[-1]
@@ -186,5 +192,8 @@ def _check(op, q, k, v, weights, gain, key_mask, chunk) -> None:
         )
     if (gain is None) != (len(shapes) == 1):
         raise ValueError(f"{op}: a two-layer memory needs gain [{h}, {e}], a matrix takes none")
+    check_shape(op, "gain", gain, h, e)
+    for name, gate in zip(("lr", "log_keep", "log_momentum"), gates, strict=True):
+        check_shape(op, name, gate, *k.shape[:3])
     if chunk < 1:
         raise ValueError(f"{op}: chunk={chunk} must be at least 1")

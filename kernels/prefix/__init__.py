@@ -74,6 +74,10 @@ def prefix_softmax(
         raise ValueError(f"{op}: read={read!r} is unknown; choose from inclusive, exclusive")
     if reverse and (positions is not None or queries not in (None, s.shape[2])):
         raise ValueError(f"{op}: reverse=True reads at every key; leave positions and queries out")
+    if read == "exclusive" and positions is not None:
+        raise ValueError(
+            f"{op}: positions say which keys are read; give positions - 1 instead of read='exclusive'"
+        )
     impl = choose(op, impl, v)
     work = work_dtype(v.dtype)
     s, v_work = drop_keys(key_mask, (s.to(work), float("-inf")), (v.to(work), 0.0))
@@ -86,7 +90,7 @@ def prefix_softmax(
     out = _path(impl).prefix_softmax(s, v_work, read=read, **options).to(v.dtype)
     if reverse:
         return out.flip(2)
-    n, m = queries or s.shape[2], s.shape[2]
+    n, m = s.shape[2] if queries is None else queries, s.shape[2]
     if positions is None and n == m:
         return out
     if isinstance(positions, (tuple, list)):

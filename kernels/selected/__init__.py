@@ -22,7 +22,7 @@ import torch as pt
 from torch import Tensor
 
 from kernels import softmax
-from kernels._common.checks import Positions, check_key_mask, check_qkv, query_key_positions
+from kernels._common.checks import Positions, check_key_mask, check_qkv, check_shape, query_key_positions
 from kernels._common.choice import _current_traceable as current_choice
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
@@ -80,6 +80,20 @@ def block_scores(
     """
     op = "block_scores"
     check_qkv(op, q, k_cmp, k_cmp, grouped=True)
+    batch, heads, n, compressed = *q.shape[:3], k_cmp.shape[2]
+    check_shape(op, "lse", lse, batch, heads, n)
+    if stencil.dim() != 2 or stencil.shape[0] != compressed:
+        raise ValueError(f"{op}: stencil must be [{compressed}, Nb], got {tuple(stencil.shape)}")
+    if visible is not None:
+        fits = visible.dim() == 4 and all(
+            have in (1, want) for have, want in zip(visible.shape, (batch, 1, n, compressed), strict=True)
+        )
+        if not fits or visible.dtype != pt.bool:
+            raise ValueError(
+                f"{op}: visible must be bool and broadcastable to [B, 1, N, Nc] = [{batch}, 1, {n}, {compressed}], got "
+                f"{visible.dtype} {tuple(visible.shape)}"
+            )
+        visible = visible.expand(-1, -1, -1, compressed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     gap = width_gap("selected", "head size", q.shape[-1], q.dtype)
     if choose(op, impl, q, k_cmp, triton_gap=gap) == "triton":
@@ -174,6 +188,8 @@ def attention(
         raise ValueError(
             f"{op}: index must be [B, Hk, N, S] = [{k.shape[0]}, {k.shape[1]}, {q.shape[2]}, S], got {tuple(index.shape)}"
         )
+    if index.is_floating_point() or index.is_complex() or index.dtype == pt.bool:
+        raise ValueError(f"{op}: index must hold integers, the numbers of blocks, got {index.dtype}")
     if block_size < 1:
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
     asked = impl not in (None, "auto") or current_choice() is not None

@@ -20,15 +20,19 @@ from kernels.softmax.triton import DOT_TYPES
 
 
 def tiles(kernel: str, where: str, dot: str, width: int) -> Tiles:
-    """Rows and keys: the forward and dq kernels have the heads of one group as rows, whose number is given elsewhere."""
-    if dot == "float32" and width > 64 and where == "cuda":
-        return Tiles(16, 16, 8, 1, piece=32)
-    if width > 128 and where == "cuda" and kernel in ("scores", "bwd_dkdv"):
+    """Rows and keys, as the compile gate found them; the forward and dq kernels have the heads of one group as rows, whose number is given elsewhere."""
+    if where == "hip":
+        return Tiles(16, 16, 4, 1)
+    by_rows = kernel in ("scores", "bwd_dkdv")
+    if dot == "float32":
+        if width > 64:
+            return Tiles(16, 16, 8, 1, piece=32)
+        return Tiles(16, 32 if kernel == "bwd_dkdv" or (kernel == "bwd_dq" and width <= 16) else 16, 4, 1)
+    if width > 128 and by_rows:
         return Tiles(32, 32, 8, 1)
-    small = where == "hip" or dot == "float32"
-    rows = 64 if kernel in ("scores", "bwd_dkdv") and not small else 16
-    few = where == "hip" or (small and kernel != "bwd_dkdv")
-    return Tiles(rows, 16 if few else 32, 4, 1)
+    if not by_rows:
+        return Tiles(16, 64 if kernel == "fwd" and width <= 16 else 32, 4, 1)
+    return Tiles(64, 32, 8 if kernel == "bwd_dkdv" and width == 64 else 4, 1)
 
 
 def _plan(

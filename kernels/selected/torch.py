@@ -62,6 +62,8 @@ def top(scores: Tensor, count: int) -> Tensor:
     """The ``count`` best entries of each row, lowest first among equals, ascending; -1 for missing ones, -inf is never taken."""
     blocks = scores.shape[-1]
     count = min(count, blocks)
+    if scores.numel() == 0:
+        return scores.new_empty(*scores.shape[:-1], count, dtype=torch.int64)
     flat = scores.reshape(-1, blocks)
     out = [_top_rows(part, count) for part in flat.split(max(1, CACHE_ELEMENTS // max(1, blocks)))]
     return torch.cat(out).reshape(*scores.shape[:-1], count)

@@ -112,6 +112,13 @@ def attention(
     full = (*q.shape[:3], k.shape[2])
     _check_pairs(op, "bias", bias, full)
     _check_pairs(op, "post_mask", post_mask, full)
+    if head_gate is not None and (
+        head_gate.dim() != 3
+        or any(have not in (1, want) for have, want in zip(head_gate.shape, full, strict=False))
+    ):
+        raise ValueError(
+            f"{op}: head_gate must be 3-D and broadcastable to [B, H, N] = {list(full[:3])}, got {tuple(head_gate.shape)}"
+        )
     _check_factors(op, factors, full)
     if score_mod is not None:
         score_mod.check(full)
@@ -187,7 +194,7 @@ def attention(
             dropout=dropout, softcap=softcap, skip=skip, factors=factors, mod=mod, post=post_mask,
         )  # fmt: skip
     if head_gate is not None:
-        out = out * head_gate[..., None]
+        out = out * head_gate[..., None].to(out.dtype)
     return (out, lse) if return_lse else out
 
 
