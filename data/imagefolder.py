@@ -251,17 +251,20 @@ class ImageFolderData(ZooData):
             from timm.data import Mixup, create_transform
             from timm.data.random_erasing import RandomErasing
 
-            geometry, colours, _ = create_transform(
-                self.size,
-                is_training=True,
-                scale=(self.crop_scale_min, 1.0),
-                hflip=self.flip,
-                color_jitter=self.color_jitter or None,
-                auto_augment=self.auto_augment or None,
-                interpolation=self.interpolation,
-                mean=tuple(self.mean) if self.channels == 3 else (self.mean[0],) * 3,
-                separate=True,
-            )
+            try:
+                geometry, colours, _ = create_transform(
+                    self.size,
+                    is_training=True,
+                    scale=(self.crop_scale_min, 1.0),
+                    hflip=self.flip,
+                    color_jitter=self.color_jitter or None,
+                    auto_augment=self.auto_augment or None,
+                    interpolation=self.interpolation,
+                    mean=tuple(self.mean) if self.channels == 3 else (self.mean[0],) * 3,
+                    separate=True,
+                )
+            except (AssertionError, ValueError, KeyError) as error:  # timm's, of a policy string
+                raise DataError(f"data.auto_augment={self.auto_augment!r}: {error}") from error
             erase = RandomErasing(self.erasing, mode="pixel", device="cpu")
             mix = None
             if self.mixing:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import unknown
+from zoo.errors import ConfigError, unknown
 
 
 def module_names(package: str) -> list[str]:
@@ -48,13 +48,29 @@ def get_data(name: str) -> type:
     return data_class(name)
 
 
+# Words of annotations, and what a configuration has for them.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "None": type(None),
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    **dict.fromkeys(("list", "tuple", "Sequence"), list),
+    **dict.fromkeys(("dict", "Mapping"), dict),
+}
+
+
 def options_of(cls: type) -> dict[str, Any]:
     """Keyword-only arguments of a class and its bases, with defaults."""
-    found: dict[str, Any] = {}
+    return {name: parameter.default for name, parameter in _parameters(cls).items()}
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base):
             parameters = inspect.signature(base.__init__).parameters
-            found.update({n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY})
+            found.update({n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY})
     return found
 
 
@@ -64,3 +80,27 @@ def check_options(kind: str, cls: type, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             raise unknown(f"option of {kind}:", key, known)
+
+
+def check_types(place: str, cls: type, options: Mapping[str, Any]) -> None:
+    """Refuse values of another kind than the annotations of a class's arguments; what has another kind of annotation passes.
+
+    Args:
+        place: Where the options stand in the configuration, such as "data".
+        cls: Takes them.
+        options: Plain values.
+
+    Raises:
+        ConfigError: A word for a number, a number for a list ...
+    """
+    for name, parameter in _parameters(cls).items():
+        kinds = [word.split("[")[0] for word in str(parameter.annotation).split(" | ")]
+        if name in options and all(kind in _KINDS for kind in kinds):
+            value = options[name]
+            if not any(_is(value, kind) for kind in kinds):
+                raise ConfigError(f"{place}.{name}={value!r} must be of type {parameter.annotation}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    truth = isinstance(value, bool)
+    return truth if kind == "bool" else isinstance(value, _KINDS[kind]) and not truth

@@ -11,7 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from tasks.registry import get_data, get_task
+from tasks.registry import check_types, get_data, get_task
+from zoo.attention.registry import get_attention
+from zoo.models.registry import get_model
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for folder in ("zoo", "kernels", "tasks", "data") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -124,6 +126,16 @@ def test_every_configuration_composes(group):
         assert cfg.attention.name == "mala" and cfg.task.kind and cfg.model.name and cfg.data.name
         assert get_task(cfg.task.kind).data_kind in (None, get_data(cfg.data.name).kind), file.stem
         assert cfg.attention.strict is False
+
+
+@pytest.mark.parametrize("group", ["attention", "data", "model", "task"])
+def test_defaults_have_the_types_of_the_arguments(group):
+    """What a user may give is checked by the same annotations."""
+    find = {"attention": get_attention, "data": get_data, "model": get_model, "task": get_task}[group]
+    for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        options = OmegaConf.to_container(OmegaConf.load(file))
+        options = options["task"] if group == "task" else options
+        check_types(group, find(options["kind" if group == "task" else "name"]), options)
 
 
 @pytest.mark.parametrize(

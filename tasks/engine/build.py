@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.base import ZooTask
-from tasks.registry import check_options, get_data, get_task
+from tasks.registry import check_options, check_types, get_data, get_task
+from zoo.attention.registry import get_attention
 from zoo.attention.slots import AttentionFactory, resolve_slots
 from zoo.errors import ConfigError
 from zoo.models.registry import build_model, get_model
@@ -21,9 +22,10 @@ def build_data(cfg: DictConfig) -> Any:
     kind = get_task(cfg.task.kind).data_kind
     if kind and cls.kind != kind:
         raise ConfigError(f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}")
+    check_options(f"data {name!r}", cls, options)
+    check_types("data", cls, options)
     # data.seed shifts the order and augmentation of a run; it is 0 unless the user wants the same weights on another order.
     options["seed"] = cfg.seed + (options.get("seed") or 0)
-    check_options(f"data {name!r}", cls, options)
     data = cls(**options)
     data.prepare_data()
     data.setup("fit")
@@ -35,16 +37,23 @@ def build_task(cfg: DictConfig, data: Any) -> tuple[ZooTask, dict[str, Attention
     cls = get_task(cfg.task.kind)
     options = {k: v for k, v in plain(cfg.task).items() if k not in ("name", "kind")}
     check_options(f"task {cfg.task.name!r}", cls, options)
+    check_types("task", cls, options)
     arguments = {**plain(cfg.model), **cls.model_arguments(data)}
     name = arguments.pop("name")
     model_cls = get_model(name)
+    check_types("model", model_cls, plain(cfg.model))
     attention = plain(cfg.attention)
     switches = {k: attention.pop(k, False) for k in ("strict", "allow_order")}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"attention.{key}={value!r}: write true or false")
     overrides = {
         key.removesuffix("_attention"): plain(value)
         for key, value in cfg.items()
         if key.endswith("_attention") and value is not None
     }
+    for slot, chosen in (("attention", attention), *overrides.items()):
+        check_types(slot, get_attention(chosen["name"]), chosen)
     factories = resolve_slots(
         model_cls.slots(**arguments), attention, overrides, task=cfg.task.name, **switches
     )

@@ -79,7 +79,7 @@ def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Cal
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
-    except (MisconfigurationException, ValueError) as error:  # no such device, precision, strategy ...
+    except (MisconfigurationException, TypeError, ValueError) as error:  # no such device, precision ...
         raise ConfigError(f"trainer: {error}") from error
     if sharded and trainer.world_size == 1:
         raise ConfigError(
