@@ -55,7 +55,7 @@ class EspeakData(SpeechData):
     def __init__(
         self,
         *,
-        batch_size: int = 8,
+        batch_size: int = 16,
         train_size: int = 10000,
         val_size: int = 200,
         test_size: int = 400,

@@ -33,6 +33,7 @@ class ZooTask(L.LightningModule):
         data: The data module; set up already.
         optimizer: "adamw", or "muon" for the weights of hidden layers and AdamW for the rest, see `tasks.optimizers.muon`.
         lr: Peak learning rate, > 0.
+        muon_lr: Peak rate of the matrices that Muon trains; None for `lr`. Short trainings like several times that.
         weight_decay: AdamW's decay for matrices; biases, norms and embeddings have none.
         betas: AdamW's moment decays.
         warmup_fraction: Share of all steps over which the rate rises from zero, [0, 1).
@@ -60,6 +61,7 @@ class ZooTask(L.LightningModule):
         *,
         optimizer: str = "adamw",
         lr: float = 1e-3,
+        muon_lr: float | None = None,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_fraction: float = 0.1,
@@ -68,8 +70,9 @@ class ZooTask(L.LightningModule):
         auxiliary_weight: float = 0.01,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise ConfigError(f"task.lr={lr} must be positive")
+        for name, value in (("lr", lr), ("muon_lr", muon_lr)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"task.{name}={value} must be positive")
         for name, value in (("weight_decay", weight_decay), ("auxiliary_weight", auxiliary_weight)):
             if value < 0:
                 raise ConfigError(f"task.{name}={value} must not be negative")
@@ -85,6 +88,7 @@ class ZooTask(L.LightningModule):
         # Not a submodule and not part of any copy or checkpoint: a plain reference.
         self.__dict__["data"] = data
         self.optimizer, self.lr, self.weight_decay, self.betas = optimizer, lr, weight_decay, tuple(betas)
+        self.muon_lr = lr if muon_lr is None else muon_lr
         self.warmup_fraction, self.schedule, self.min_lr_fraction = warmup_fraction, schedule, min_lr_fraction
         self.auxiliary_weight = auxiliary_weight
         # Set by the protocol of a comparison: share of `total_steps` that is run, or the share of a time budget used.
@@ -209,7 +213,7 @@ class ZooTask(L.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.weight_decay)
         if self.optimizer == "muon":
-            optimizer = Muon(split_matrices(groups, self.model), lr=self.lr, betas=self.betas)
+            optimizer = Muon(split_matrices(groups, self.model, self.muon_lr), lr=self.lr, betas=self.betas)
         else:
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
         # On a budget of time the rate follows the clock, in thousandths.

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the step of a matrix is its momentum with all singular values set to
 about one, by five Newton-Schulz iterations. Size of the step after Liu et al., arXiv:2502.16982: elements as large as AdamW's,
-so one learning rate serves both.
+so one learning rate can serve both.
 Differs from `torch.optim.Muon` in: matrices of one shape are iterated together (half the time on small networks), kernels of
 convolutions count as matrices, AdamW is built in, parameters may be shared out (FSDP2; every process then iterates the whole
 matrix), and CPUs without bfloat16 iterate in float32.
@@ -141,8 +141,8 @@ def _fast_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
-def split_matrices(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """Groups of parameters, each cut into the weights of hidden layers, marked as `matrix`, and the rest.
+def split_matrices(groups: list[dict[str, Any]], model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """Groups of parameters, each cut into the weights of hidden layers, marked as `matrix` and of rate `lr`, and the rest.
 
     Hidden layers are linear maps and ungrouped convolutions, but for those that lead to an output, which are called "head" or end
     in "_head", and those tied to an embedding.
@@ -156,8 +156,8 @@ def split_matrices(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[
     }
     split = []
     for group in groups:
-        for matrix in (True, False):
-            params = [p for p in group["params"] if (id(p) in hidden - tables) is matrix]
-            if params:
-                split.append({**group, "params": params, "matrix": matrix})
+        matrices = [p for p in group["params"] if id(p) in hidden - tables]
+        rest = [p for p in group["params"] if id(p) not in hidden - tables]
+        split += [{**group, "params": matrices, "matrix": True, "lr": lr}] if matrices else []
+        split += [{**group, "params": rest, "matrix": False}] if rest else []
     return split

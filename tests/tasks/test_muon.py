@@ -60,7 +60,7 @@ def test_hidden_layers_alone_are_matrices():
     model = build_model(
         "aed", resolve_slots(get_model("aed").slots(**options), {"name": "softmax"}), **options
     )
-    groups = split_matrices(parameter_groups(model, 0.1), model)
+    groups = split_matrices(parameter_groups(model, 0.1), model, 0.5)
     names = {id(p): n for n, p in model.named_parameters()}
     hidden = {names[id(p)] for g in groups if g["matrix"] for p in g["params"]}
     rest = {names[id(p)] for g in groups if not g["matrix"] for p in g["params"]}
@@ -90,7 +90,12 @@ def test_a_stored_state_goes_on_exactly():
 
 def test_a_resumed_run_is_on_the_same_curve(tmp_path):
     small = ["data=digits", "model.patch_size=2", "model.dim=16", "model.num_heads=2", "model.depth=1"]
-    small += ["task.optimizer=muon", "task.schedule=constant", "callbacks.progress=lines"]
+    small += [
+        "task.optimizer=muon",
+        "task.muon_lr=2e-2",
+        "task.schedule=constant",
+        "callbacks.progress=lines",
+    ]
     folders = [tmp_path / "whole", tmp_path / "cut"]
     for folder, epochs in zip(folders, (2, 1), strict=True):
         assert (
@@ -105,3 +110,5 @@ def test_a_resumed_run_is_on_the_same_curve(tmp_path):
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(ConfigError, match=r"task.optimizer='moun': choose adamw or muon"):
         ZooTask(nn.Linear(2, 2), None, optimizer="moun")
+    with pytest.raises(ConfigError, match=r"task.muon_lr=0 must be positive"):
+        ZooTask(nn.Linear(2, 2), None, optimizer="muon", muon_lr=0)
