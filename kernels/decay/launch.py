@@ -38,6 +38,11 @@ def tiles(dtype: str, d: int, e: int) -> Tiles:
     return Tiles(widest, min(widest, pow2(d)), be, 8 if dtype == "bfloat16" else 4, 1)
 
 
+def state_channels(t: Tiles, gate: str) -> int:
+    """Value channels of a tile of the running state: without gates ptxas puts the wide one on the stack (sm_100)."""
+    return min(32, t.be) if gate == "none" else t.be
+
+
 def dot_type(dtype: str, backend: str) -> tuple[str, str]:
     """Product type and precision; see the module docstring of ``triton.py``."""
     if dtype == "bfloat16":
@@ -97,9 +102,10 @@ def scan(
     run = dict(num_warps=t.warps, num_stages=t.stages)
     tiles_d, tiles_e, blocks = triton.cdiv(d, t.bd), triton.cdiv(e, t.be), t.bt // BLOCK
     with on_device(q):
-        tk.decay_state_fwd_kernel[(b * h, tiles_d, tiles_e)](
+        be = state_channels(t, gate)
+        tk.decay_state_fwd_kernel[(b * h, tiles_d, triton.cdiv(e, be))](
             k, v, cum, q if initial is None else initial.contiguous(), states, *sizes,
-            GATE=gate, HAS_START=initial is not None, BT=t.bt, BD=t.bd, BE=t.be, **products, **run,
+            GATE=gate, HAS_START=initial is not None, BT=t.bt, BD=t.bd, BE=be, **products, **run,
         )  # fmt: skip
         if gate == "values":
             tk.decay_values_fwd_kernel[(b * h, chunks * blocks, tiles_e)](
@@ -186,7 +192,14 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
 
     for gate in ("none", "scalar", "keys", "values"):
         work = Cost(dense, 2 * tensor + states)
-        yield case(tk.decay_state_fwd_kernel, gate, work, GATE=gate, HAS_START=gate == "keys")
+        yield case(
+            tk.decay_state_fwd_kernel,
+            gate,
+            work,
+            GATE=gate,
+            HAS_START=gate == "keys",
+            BE=state_channels(t, gate),
+        )
     for inclusive in (True, False):
         variant = "inclusive" if inclusive else "exclusive"
         work = Cost(inside, 3 * tensor)
