@@ -13,9 +13,8 @@ import numpy as np
 from data.base import SPLITS
 from data.carriers import cache_dir, write_atomic
 from data.errors import DataError
-from zoo.predict.images import open_image, probe_image
+from zoo.predict.images import SUFFIXES, open_image, probe_image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 VAL_NAMES = ("val", "valid", "validation")
 LAYOUT = "<root>/train/<class>/*.png with val/ and test/ beside it, or <root>/<class>/*.png"
 

@@ -14,9 +14,7 @@ from data.detection_base import VOID
 from data.detection_files import FileScenes
 from data.detection_records import Record, image_size_of
 from data.errors import DataError
-from zoo.predict.images import UNREADABLE
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+from zoo.predict.images import SUFFIXES, UNREADABLE
 
 
 @register_data("png_masks")
@@ -96,7 +94,7 @@ class PngMasksData(FileScenes):
     def _records_in(self, folder: Path) -> list[Record]:
         top, masks = (self.root / f for f in self.folders)
         records = []
-        for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in _IMAGES):
+        for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES):
             if not file.stem.endswith(self.suffixes[0]):
                 continue
             stem = file.stem[: len(file.stem) - len(self.suffixes[0])] + self.suffixes[1]

@@ -13,8 +13,7 @@ from data.detection_files import FileScenes
 from data.detection_records import Record, clean_boxes, image_size_of
 from data.errors import DataError
 from data.voc import class_names
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+from zoo.predict.images import SUFFIXES
 
 
 @register_data("yolo")
@@ -48,7 +47,7 @@ class YoloData(FileScenes):
         }
         records = {}
         for split, folder in splits.items():
-            files = sorted(f for f in folder.glob("*") if f.suffix.lower() in _IMAGES)
+            files = sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES)
             labels = root / "labels" / folder.relative_to(root / "images")
             records[split] = [
                 r for f in files if (r := self._record(f, labels / f"{f.stem}.txt", names)) is not None

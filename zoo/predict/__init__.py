@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -24,7 +24,12 @@ class Predictor:
     Args:
         model: Model in evaluation mode.
         card: Its card; `preprocessing` and `labels` say how to use it.
+
+    Attributes:
+        suffixes: Ends of the names that a folder is searched for, in lower case; none for all files.
     """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module, card: dict[str, Any]) -> None:
         self.model, self.card = model, card
@@ -54,11 +59,12 @@ class Predictor:
         raise NotImplementedError
 
     def inputs(self, arguments: list[str]) -> Iterator[str]:
-        """Expand command line arguments (folders too) to raw inputs."""
+        """Expand command line arguments to raw inputs: folders to the files in them that the task reads."""
         for argument in arguments:
             path = Path(argument)
             if path.is_dir():
-                yield from (str(p) for p in sorted(path.rglob("*")) if p.is_file())
+                files = (str(p) for p in sorted(path.rglob("*")) if p.is_file())
+                yield from (f for f in files if not self.suffixes or f.lower().endswith(self.suffixes))
             else:
                 yield argument
 

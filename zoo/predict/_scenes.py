@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-
 
 def open_image(raw: Any) -> Any:
     """A path or PIL image as an RGB PIL image; see `zoo.predict.images.open_image`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from zoo.decoding.align import align_ctc, word_spans
 from zoo.errors import ConfigError
 from zoo.predict import Predictor
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".aiff", ".aif", ".au", ".mp3", ".opus"}
 SILENCE = 1e-4  # largest sample of a stretch in which nothing is said
 SHORTEST_S = 0.02
 _SPECIAL = 3
@@ -25,10 +23,7 @@ _SPECIAL = 3
 class TaskPredictor(Predictor):
     """Transcribes recordings given as paths or as (samples, rate)."""
 
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if Path(item).suffix.lower() in SUFFIXES or item in arguments:
-                yield item
+    suffixes = (".wav", ".flac", ".ogg", ".oga", ".aiff", ".aif", ".au", ".mp3", ".opus")
 
     def preprocess(self, raw: Any) -> Tensor:
         """A path, or a pair of samples [S] or [S, channels] and their rate, to [1, S] at the model's rate.

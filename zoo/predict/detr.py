@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoo.layers.boxes import to_xyxy
 from zoo.predict import Predictor
-from zoo.predict._scenes import SUFFIXES, fit, open_image
+from zoo.predict._scenes import fit, open_image
+from zoo.predict.images import SUFFIXES
 
 
 class TaskPredictor(Predictor):
     """Finds objects in pictures given as paths or PIL images."""
 
+    suffixes = SUFFIXES
     threshold = 0.3  # detections below are left out
-
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if Path(item).suffix.lower() in SUFFIXES or item in arguments:
-                yield item
 
     def preprocess(self, raw: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """A path or PIL image to [1, C, H, W] and the size [1, 2] without padding."""

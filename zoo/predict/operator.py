@@ -19,6 +19,8 @@ class TaskPredictor(Predictor):
     The N values are those at equally spaced nodes 0, 1 / N ... of [0, 1); N may differ from the training's.
     """
 
+    suffixes = (".csv", ".npy")
+
     def preprocess(self, raw: Any) -> Tensor:
         """A path or array to values [B, N]."""
         if isinstance(raw, (str, Path)):

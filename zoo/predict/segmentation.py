@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,8 @@ import torch.nn.functional as F
 from zoo.errors import ConfigError, unknown
 from zoo.layers.windows import sliding_window
 from zoo.predict import COMMON_OPTIONS, Predictor
-from zoo.predict._scenes import SUFFIXES, fit, open_image, pixels_of
+from zoo.predict._scenes import fit, open_image, pixels_of
+from zoo.predict.images import SUFFIXES
 
 
 class TaskPredictor(Predictor):
@@ -22,6 +21,7 @@ class TaskPredictor(Predictor):
     are read in overlapping windows of that side (`--window train`: the training size).
     """
 
+    suffixes = SUFFIXES
     window: tuple[int, int] | None = None
 
     def options(self, given: dict[str, str]) -> list[str]:
@@ -36,11 +36,6 @@ class TaskPredictor(Predictor):
         for name in given:
             raise unknown("option of predict:", f"--{name}", ("--window", *COMMON_OPTIONS))
         return []
-
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if Path(item).suffix.lower() in SUFFIXES or item in arguments:
-                yield item
 
     def preprocess(self, raw: Any) -> torch.Tensor:
         """A path or PIL image to [1, C, H, W]."""

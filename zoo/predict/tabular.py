@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,13 @@ class TaskPredictor(Predictor):
     error that names it.
     """
 
+    suffixes = SUFFIXES
+
     def __init__(self, model: nn.Module, card: dict[str, Any]) -> None:
         super().__init__(model, card)
         content = {k: v for k, v in self.preprocessing.items() if k not in ("kind", "features")}
         self.preprocessor = Preprocessor.from_dict(content)
         self.targets = self.preprocessor.schema.targets
-
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if item.lower().endswith(SUFFIXES) or item in arguments:
-                yield item
 
     def preprocess(self, raw: Any) -> dict[str, Tensor]:
         """Numbers [N, Fn], codes [N, Fc] and missing [N, Fn] of all rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ class TaskPredictor(Predictor):
     taken there where the model knows its zone, and refused otherwise.
     """
 
+    suffixes = (".csv",)
     at: datetime | None = None
 
     def options(self, given: dict[str, str]) -> list[str]:
@@ -40,11 +40,6 @@ class TaskPredictor(Predictor):
                 raise ConfigError(f"--at {value!r} is no time such as 2025-12-31T18:00") from None
             self.at = self._local(time)
         return []
-
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if Path(item).suffix.lower() == ".csv" or item in arguments:
-                yield item
 
     def preprocess(self, raw: Any) -> dict[str, Tensor]:
         """A path, or readings by time as {datetime: [reading of each sensor]}, to the model's inputs."""

@@ -18,6 +18,8 @@ from zoo.tabular.schema import as_numbers, read_table
 class TaskPredictor(Predictor):
     """Expected outcome without and with treatment of every row of a table or array; columns in training order."""
 
+    suffixes = SUFFIXES
+
     def preprocess(self, raw: Any) -> Tensor:
         """A path, DataFrame or array [N, M] to standardised covariates [N, M]."""
         if isinstance(raw, str | Path):

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.predict import Predictor
-from zoo.predict.images import prepare_image
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+from zoo.predict.images import SUFFIXES, prepare_image
 
 
 class TaskPredictor(Predictor):
     """Classifies pictures given as paths or PIL images."""
 
-    def inputs(self, arguments: list[str]) -> Iterator[str]:
-        for item in super().inputs(arguments):
-            if Path(item).suffix.lower() in SUFFIXES or item in arguments:
-                yield item
+    suffixes = SUFFIXES
 
     def preprocess(self, raw: Any) -> Tensor:
         """A path or PIL image to [1, channels, height, width], as the weights were trained."""
