@@ -130,6 +130,34 @@ def test_second_derivative(price, monkeypatch):
     torch.library.opcheck(ops.selected_fwd, (*single, index, None, *places, 2, True, 0.7, "torch"), **quick)
 
 
+@pytest.mark.parametrize("way", ["masked", "gathered", "streamed"])
+@pytest.mark.parametrize("size", [1e4, 0.0], ids=["extreme", "equal"])
+def test_extreme_equal_and_missing_scores(way, size, monkeypatch):
+    """Logits of +-10,000 pick single keys, equal ones average what is chosen; rows without a block are zero, all without a NaN."""
+    monkeypatch.setattr(torch_path, "STREAM_PRICE", 0 if way == "streamed" else 1 << 20)
+    monkeypatch.setattr(torch_path, "GATHER_PRICE", 0 if way == "gathered" else 1 << 20)
+    q, k, v = make(h=2, d=2, dtype=torch.float32)
+    q, k = size * q.sign(), k.sign()
+    index = choice(2, 2, 9, 10, 3)
+    index[:, :, 4] = -1
+    mask = torch.ones(2, 37, dtype=torch.bool)
+    mask[1] = False  # a sample without keys
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out, lse = selected.attention(*leaves, index, block_size=4, key_mask=mask, scale=0.5, return_lse=True)
+    grads = torch.autograd.grad(out.sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum(), leaves)
+    assert all(t.isfinite().all() for t in (out, *grads))
+    for t in (out[0, :, 4], out[1], grads[0][0, :, 4], *(g[1] for g in grads)):
+        assert t.abs().max() == 0
+    assert (lse[1] == -torch.inf).all() and (lse[0, :, 4] == -torch.inf).all()
+    for row in (0, 8):
+        for head in (0, 1):
+            keys = (index[0, head, row][:, None] * 4 + torch.arange(4)).flatten()
+            keys = keys[(keys >= 0) & (keys < 37)]
+            logits = 0.5 * k[0, head, keys] @ q[0, head, row]
+            best = keys[logits == logits.max()]
+            torch.testing.assert_close(out[0, head, row], v[0, head, best].mean(0), rtol=1e-5, atol=1e-5)
+
+
 def test_refusals_name_the_rule(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = make()
