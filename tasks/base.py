@@ -76,6 +76,8 @@ class ZooTask(L.LightningModule):
         for name, value in (("weight_decay", weight_decay), ("auxiliary_weight", auxiliary_weight)):
             if value < 0:
                 raise ConfigError(f"task.{name}={value} must not be negative")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ConfigError(f"task.betas={list(betas)} must be two numbers in [0, 1)")
         if not 0 <= min_lr_fraction <= 1:
             raise ConfigError(f"task.min_lr_fraction={min_lr_fraction} is outside [0, 1]")
         if not 0 <= warmup_fraction < 1:

@@ -112,6 +112,7 @@ def test_predict_and_show_commands(finished, tmp_path, capsys):
         (["resume=/nope"], "no run there"),
         (["logger=csv", "callbacks.ema_decay=2"], r"outside [0, 1)"),
         (["task.lr=abc"], "task.lr='abc' must be of type float"),
+        (["task.betas=[1,2]"], "task.betas=[1, 2] must be two numbers in [0, 1)"),
         (["data.num_workers=x"], "data.num_workers='x' must be of type int"),
         (["model.depth=2.5"], "model.depth=2.5 must be of type int | None"),
         (["attention=mala", "attention.eps=[1]"], "attention.eps=[1] must be of type float"),
