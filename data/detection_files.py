@@ -171,7 +171,10 @@ class FileScenes(SceneData):
         """Class of every pixel of the file, uint8 [H, W]; crowds are void."""
         if record.mask is not None:
             return self.read_mask(record)
-        return paint_segments(record.size, record.segments, record.labels, record.crowd, record.area)
+        try:
+            return paint_segments(record.size, record.segments, record.labels, record.crowd, record.area)
+        except DataError as error:
+            raise DataError(f"annotation of {record.path}: {error}") from None
 
     def read_mask(self, record: Record) -> np.ndarray:
         """The mask file of a record as places in `mask_labels`."""

@@ -158,7 +158,7 @@ class TableData(TabularData):
         strange = sorted(set(given) - set(SPLITS))
         if strange:
             raise DataError(
-                f"split column {self.split_column!r} holds {strange[0]!r}; write train, val or test"
+                f"split column {self.split_column!r} holds {str(strange[0])!r}; write train, val or test"
             )
         found = {split: np.flatnonzero(given == split) for split in SPLITS}
         # Files are often sorted, and a bank of training rows takes the first ones.

@@ -59,6 +59,16 @@ def test_coco_numbers_that_are_none_are_said(tmp_path):
         create_data("coco", root=str(tmp_path)).setup()
 
 
+def test_coco_polygons_that_are_none_name_their_picture(tmp_path):
+    coco_folder(tmp_path)
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["annotations"][0]["segmentation"] = [[1, 2]]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    data = create_data("coco", root=str(tmp_path))
+    with pytest.raises(DataError, match="annotation of .*0.png: a polygon needs three"):
+        data.pixel_classes(all_records(data)["0.png"])
+
+
 def test_coco_sample_is_scaled_and_padded(tmp_path):
     data = create_data("coco", root=str(coco_folder(tmp_path)), image_size=120)
     record = all_records(data)["0.png"]
