@@ -357,6 +357,24 @@ def test_construction_errors_name_the_way_out():
         create_attention("softmax", 16, 2, pattern="cross")(torch.zeros(1, 2, 16))
     with pytest.raises(ConfigError, match="True = attend"):
         create_attention("softmax", 16, 2, pattern="self")(torch.zeros(1, 2, 16), key_mask=torch.zeros(1, 2))
+    with pytest.raises(ConfigError, match="did you mean 'self'"):
+        create_attention("softmax", 16, 2, pattern="selfy")
+    with pytest.raises(ConfigError, match="head_dim=-4 must be at least 1"):
+        create_attention("softmax", 16, 2, pattern="self", head_dim=-4)
+    with pytest.raises(ConfigError, match=r"write Grid\("):
+        create_attention("softmax", 16, 2, pattern="self", grid=(3, 3))
+
+
+def test_call_errors_name_the_shapes():
+    module, x = create_attention("softmax", 16, 2, pattern="self"), torch.zeros(1, 2, 16)
+    with pytest.raises(ConfigError, match=r"2 axes, shape \[2, 16\]"):
+        module(x[0])
+    with pytest.raises(ConfigError, match="dim=16, x has 8"):
+        module(x[..., :8])
+    with pytest.raises(ConfigError, match=r"grid=\(1, 2\) is no Grid"):
+        module(x, grid=(1, 2))
+    with pytest.raises(ConfigError, match=r"broadcastable to \[B, H, N, M\]; got \[2, 2\]"):
+        module(x, bias=torch.zeros(2, 2))
 
 
 def test_separate_values():

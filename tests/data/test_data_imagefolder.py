@@ -131,6 +131,8 @@ def test_truncated_file_is_refused(tmp_path, suffix):
 def test_missing_file():
     with pytest.raises(DataError, match="no such image: nowhere.png"):
         open_image("nowhere.png")
+    with pytest.raises(DataError, match="give a path or a PIL image, not int"):
+        open_image(3)
 
 
 # -- trees ----------------------------------------------------------------------------------------------

@@ -36,6 +36,11 @@ class ContractChecks(nn.Module):
         from zoo.attention.registry import list_attention
 
         can = self.capabilities
+        sizes = {"dim": self.dim, "head_dim": self.head_dim, "value_head_dim": self.value_head_dim}
+        for key, size in (sizes | {"context_dim": context_dim, "length": self.length}).items():
+            if size is not None and size < 1:
+                raise ConfigError(f"attention {self.name!r}: {key}={size} must be at least 1")
+        _check_grid(self.name, self.grid)
         if self.pattern not in can.patterns:
             able = ", ".join(list_attention(pattern=self.pattern))
             raise CapabilityError(
@@ -88,6 +93,15 @@ class ContractChecks(nn.Module):
             rule = "needs context [B, M, Cc]" if self.pattern.cross else "takes no context"
             raise ConfigError(f"{label}, pattern {self.pattern.value!r}: {rule}")
         keys = x if context is None else context
+        for name, tokens in (
+            ("x [B, N, C]", x),
+            ("context [B, M, Cc]", context),
+            ("value [B, M, Cv]", value),
+        ):
+            if tokens is not None and tokens.dim() != 3:
+                raise ConfigError(f"{label}: {name} has {tokens.dim()} axes, shape {list(tokens.shape)}")
+        if x.shape[-1] != self.dim:
+            raise ConfigError(f"{label} was built for width dim={self.dim}, x has {x.shape[-1]}")
         if self.separate_value == (value is None):
             rule = "was built with value_dim and needs value" if self.separate_value else "has no value_dim"
             raise ConfigError(f"{label} {rule}")
@@ -109,6 +123,7 @@ class ContractChecks(nn.Module):
             raise ConfigError(f"{label}: positions have no meaning for pattern {self.pattern.value!r}")
         if can.fixed_length and m != self.length:
             raise ConfigError(f"{label} was built for {self.length} keys, got {m}")
+        _check_grid(self.name, grid)
         grid = grid or self.grid
         if grid is not None and not self.pattern.cross and grid.tokens != n:
             raise ConfigError(f"{label}: grid {grid} has {grid.tokens} tokens, the input has {n}")
@@ -117,6 +132,10 @@ class ContractChecks(nn.Module):
     def _check_bias(self, bias: Tensor | BiasFactors) -> None:
         from zoo.attention.registry import get_attention, list_attention
 
+        if isinstance(bias, Tensor) and bias.dim() != 4:
+            raise ConfigError(
+                f"attention {self.name!r}: bias must have 4 axes, broadcastable to [B, H, N, M]; got {list(bias.shape)}"
+            )
         kind = "factors" if isinstance(bias, BiasFactors) else "key" if bias.shape[-2] == 1 else "full"
         if not self.capabilities.takes_bias(kind):
             names = list_attention(pattern=self.pattern)
@@ -124,3 +143,10 @@ class ContractChecks(nn.Module):
             raise CapabilityError(
                 f"attention {self.name!r} takes no {kind} bias; variants that do: {', '.join(able)}"
             )
+
+
+def _check_grid(name: str, grid: object) -> None:
+    if grid is not None and not isinstance(grid, Grid):
+        raise ConfigError(
+            f"attention {name!r}: grid={grid!r} is no Grid; write Grid((rows, columns), prefix)"
+        )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from zoo.errors import unknown
+
 State = dict[str, Any]
 """What a variant carries while decoding: tensors with the batch first, and plain numbers."""
 
@@ -19,6 +21,10 @@ class Pattern(StrEnum):
     CAUSAL_SELF = "causal_self"
     CROSS = "cross"
     CAUSAL_CROSS = "causal_cross"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise unknown("attention pattern", str(value), [p.value for p in cls])
 
     @property
     def causal(self) -> bool:

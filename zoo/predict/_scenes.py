@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 def open_image(raw: Any) -> Any:
     """A path or PIL image as an RGB PIL image; see `zoo.predict.images.open_image`."""
+    from PIL import Image
+
     from zoo.predict import images
 
-    picture = images.open_image(raw) if isinstance(raw, (str, Path)) else images.flatten_modes(raw)
+    picture = images.flatten_modes(raw) if isinstance(raw, Image.Image) else images.open_image(raw)
     return picture.convert("RGB")
 
 

@@ -31,6 +31,8 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         DataError: The file is missing, not an image, or cut short.
     """
+    if not isinstance(path, (str, Path)):
+        raise DataError(f"give a path or a PIL image, not {type(path).__name__}")
     try:
         with Image.open(path) as image:
             image.load()
