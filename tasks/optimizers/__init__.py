@@ -1,1 +1,1 @@
-"""Optimisers that PyTorch lacks: SOAP, and full-batch quasi-Newton methods with a reported exit reason."""
+"""Optimisers that PyTorch lacks: SOAP, Muon joined with AdamW, and full-batch quasi-Newton methods with a reported exit reason."""

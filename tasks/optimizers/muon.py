@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-COEFFICIENTS = (
-    3.4445,
-    -4.775,
-    2.0315,
-)  # of Jordan's quintic polynomial: fast at small singular values, coarse at one
+# Of Jordan's quintic polynomial: fast at small singular values, coarse at one.
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 ADAM_RMS = 0.2  # typical root mean square of an AdamW step over its learning rate
 
@@ -151,13 +148,15 @@ def split_matrices(groups: list[dict[str, Any]], model: nn.Module, lr: float) ->
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or getattr(module, "groups", 0) == 1)
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and getattr(module, "groups", 1) == 1
         and not any(part.endswith("head") for part in name.split("."))
     }
+    hidden -= tables
     split = []
     for group in groups:
-        matrices = [p for p in group["params"] if id(p) in hidden - tables]
-        rest = [p for p in group["params"] if id(p) not in hidden - tables]
+        matrices = [p for p in group["params"] if id(p) in hidden]
+        rest = [p for p in group["params"] if id(p) not in hidden]
         split += [{**group, "params": matrices, "matrix": True, "lr": lr}] if matrices else []
         split += [{**group, "params": rest, "matrix": False}] if rest else []
     return split

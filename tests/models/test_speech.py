@@ -8,6 +8,7 @@ import torch
 from zoo.attention.registry import get_attention, list_attention
 from zoo.attention.slots import misfit, resolve_slots
 from zoo.decoding import beam_search, greedy
+from zoo.decoding.greedy import token_limit
 from zoo.errors import CapabilityError, ConfigError
 from zoo.models._speech import BOS
 from zoo.models.registry import build_model, get_model, model_options
@@ -174,6 +175,17 @@ def test_beam_of_one_is_greedy():
     model = make()
     memory, count = model.encode(*sound(3000, 1200))
     assert beam_search(model, memory, count, beam=1).tokens == greedy(model, memory, count).tokens
+
+
+def test_a_decoder_without_end_is_cut():
+    """At a quarter more labels than CTC heard and some to spare; without label positions at one a place and some to spare."""
+    model, memory, lengths = make(), torch.zeros(2, 40, 32), torch.tensor([40, 10])
+    model.labels_heard = lambda memory: torch.arange(1.0, 41).repeat(2, 1) / 2
+    assert token_limit(model, memory, lengths).tolist() == [33, 15]
+    assert token_limit(make(label_positions=False), memory, lengths).tolist() == [56, 26]
+    model.step = lambda token, state: (torch.eye(15)[torch.full_like(token, 5)], state)  # says 5 for ever
+    found = greedy(model, memory, lengths)
+    assert [len(t) for t in found.tokens] == [33, 15] and bool(found.truncated.all())
 
 
 def test_wider_beam_scores_no_worse():

@@ -46,7 +46,7 @@ def beam_search(
     """
     if beam < 1 or not 0 <= ctc_weight <= 1 or temperature <= 0:
         raise ConfigError(f"beam={beam} must be >= 1, ctc_weight={ctc_weight} in [0, 1], temperature > 0")
-    limit = token_limit(lengths) if limit is None else limit
+    limit = token_limit(model, memory, lengths) if limit is None else limit
     if not memory.shape[1] or not len(memory):
         return Hypotheses([[] for _ in memory], memory.new_zeros(len(memory)), limit < 0)
     search = _Search(model, memory, lengths, limit, beam, ctc_weight, length_penalty, temperature)

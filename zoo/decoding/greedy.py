@@ -24,9 +24,17 @@ class Hypotheses(NamedTuple):
     truncated: Tensor
 
 
-def token_limit(lengths: Tensor) -> Tensor:
-    """Most tokens that an utterance of so many encoder places may have, int [B]: one a place and some to spare."""
-    return lengths + 16
+def token_limit(model: SpeechModel, memory: Tensor, lengths: Tensor) -> Tensor:
+    """Most tokens that an utterance may have, int [B]: one a place and some to spare.
+
+    Where the decoder counts labels with CTC, a quarter more than CTC has heard and some to spare: a decoder that lost its place
+    beyond the last label repeats itself.
+    """
+    limit = lengths + 16
+    if model.label_positions and memory.shape[1]:
+        heard = model.labels_heard(memory).gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
+        limit = torch.minimum(limit, (1.25 * heard).ceil().long() + 8)
+    return limit
 
 
 @torch.no_grad()
@@ -44,7 +52,7 @@ def greedy(
         limit: Most tokens of each sentence, int [B]; `token_limit` when left out.
         cached: Step by step with states; False recomputes the whole prefix for each token, for comparison.
     """
-    limit = token_limit(lengths) if limit is None else limit
+    limit = token_limit(model, memory, lengths) if limit is None else limit
     batch = len(memory)
     if batch == 0:
         return Hypotheses([], memory.new_zeros(0), memory.new_zeros(0, dtype=torch.bool))
