@@ -13,6 +13,7 @@ LARGEST: dict[str, tuple[int, int] | None] = {
     "taylor2": (32, 16),  # channels before the expansion
     "decay": None,
     "delta": (256, 128),  # key channels: a tile of the state has all of them
+    "memory": (128, 64),  # key channels: both states of a tile, weights and momentum, have all of them
     "prefix": None,
 }
 

@@ -25,8 +25,8 @@ class Tiles:
 
 
 def tiles(dtype: str, e: int) -> Tiles:
-    """The same table serves launches and the compile gate. 65 value channels, one of them a sum of weights, make three tiles of 32."""
-    wide = dtype == "bfloat16" and -e % 64 < 32
+    """The same table serves launches and the compile gate. 33 and 65 value channels, one of them a sum of weights, make tiles of 32."""
+    wide = dtype == "bfloat16" and -e % 64 < 31
     return Tiles(64, min(64 if wide else 32, pow2(e)), 4)
 
 

@@ -9,7 +9,10 @@ zero.
 Memories: one matrix (``Mem(x) = x W``), or two layers, ``Mem(x) = x + gain * LayerNorm(gelu(x W1) W2)`` (without ``x +`` where D != E); the gain
 is not trained online. Weights and momenta are the state; skipped tokens (``key_mask``) leave both alone.
 
-Implementations: ``reference`` goes token by token with gradients from autograd; ``torch`` writes them out and never forms weights per token.
+Implementations: ``reference`` goes token by token with gradients from autograd; ``torch`` writes them out and never forms weights per token; ``triton``
+makes the walk from chunk to chunk of a memory that is one matrix a kernel, and its gradient the same kernel backwards. The two-layer memory has none: its
+four states and the hidden layer of a chunk, through a GELU and a LayerNorm, do not stay in the registers of one program, and between programs the
+walk would wait for memory at each of its steps, which is what the torch path does already.
 
 Source: Titans, arXiv 2501.00663. Reading at ``positions``, the exclusive read and the final state for cross attention are this project's.
 """
@@ -21,6 +24,7 @@ from torch import Tensor
 from kernels._common.checks import check_key_mask, check_qkv, check_shape, query_key_positions, work_dtype
 from kernels._common.choice import choose
 from kernels._common.cost import Cost
+from kernels._common.widths import width_gap
 from kernels.memory import reference
 from kernels.memory import torch as torch_path
 from kernels.memory.torch import predict
@@ -77,7 +81,7 @@ def memory_scan(
         reverse: From the last token to the first; N = M, without positions.
         key_mask: Tokens to learn, bool [B, M]; the others are skipped, and do not count towards chunks.
         positions: Last key of each query, int [N] or [B, N]; left out: ``i + M - N``.
-        impl: "reference" or "torch".
+        impl: "reference", "torch", "triton" (one matrix only); None chooses by context, environment and device.
 
     Returns:
         [B, H, N, E], dtype of ``v``; zeros where nothing has been learned.
@@ -92,10 +96,11 @@ def memory_scan(
         raise ValueError(
             f"{op}: give positions as one tensor, the index of each query's last key; keys are learned in their order"
         )
-    impl = choose(op, impl, q, k, v, triton_gap="memory_scan yet")
+    impl = choose(op, impl, q, k, v, triton_gap=_gap(weights, k))
     n, m = q.shape[2], k.shape[2]
-    if m == 0 or n == 0:
-        return v.new_zeros(*v.shape[:2], n, v.shape[3])
+    if 0 in (*q.shape, m, v.shape[3]):
+        # Sums of nothing keep the result in the graph.
+        return v.new_zeros(*v.shape[:2], n, v.shape[3]) + sum(t[..., :0].sum() for t in (q, k, v))
     inputs = torch_path.Inputs.prepare(k, v, lr, log_keep, log_momentum, key_mask, reverse)
     work = work_dtype(v.dtype)
     weights = tuple(w.to(work).expand(q.shape[0], *w.shape) for w in weights)
@@ -105,8 +110,13 @@ def memory_scan(
     seen = inputs.learned(place if read == "inclusive" or positions is not None else place - 1)
     q = q.to(work)
     q = q.flip(2) if reverse else q
-    path = reference if impl == "reference" else torch_path
-    out = path.scan(q, inputs, weights, gain, seen, chunk).to(v.dtype)
+    if impl == "triton":
+        from kernels.memory import ops
+
+        out = ops.scan(q, inputs, weights, seen, chunk, str(v.dtype)[6:]).to(v.dtype)
+    else:
+        path = reference if impl == "reference" else torch_path
+        out = path.scan(q, inputs, weights, gain, seen, chunk).to(v.dtype)
     return out.flip(2) if reverse else out
 
 
@@ -175,6 +185,13 @@ def cost(
     flops = batch * heads * (tokens * 8 * size + n * (4 * size + 2 * chunk * widths))
     moved = batch * heads * itemsize * (n + tokens) * (dim + value_dim)
     return Cost(flops, moved, batch * heads * 3 * size)
+
+
+def _gap(weights: tuple[Tensor, ...], k: Tensor) -> str | None:
+    """What the Triton kernel lacks for this call."""
+    if len(weights) > 1:
+        return "a memory of two layers"
+    return width_gap("memory", "key channels", k.shape[-1], k.dtype)
 
 
 def _check(op, q, k, v, weights, gain, gates, key_mask, chunk) -> None:

@@ -5,6 +5,7 @@ on a query as: decayed start weights + decayed start momentum - a masked product
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,36 @@ class Inputs:
         return (*cut, self.keep[:, start:stop])
 
 
+class Chunk(NamedTuple):
+    """What a chunk of T tokens begins with and learns; weights and momenta as in ``MemoryState``.
+
+    Attributes:
+        weights: At its start.
+        momenta: At its start.
+        grads: Per layer input and error of each token, see ``errors``.
+        lr: theta, [B, H, T].
+        factors: See ``mixing``.
+    """
+
+    weights: tuple[Tensor, ...]
+    momenta: tuple[Tensor, ...]
+    grads: list[tuple[Tensor, Tensor]]
+    lr: Tensor
+    factors: tuple[Tensor, ...]
+
+    def split(self, batch: int) -> list["Chunk"]:
+        """The chunks that stand behind one another in each of ``batch`` rows."""
+        count = self.lr.shape[0] // batch
+        one = lambda t, c: t.unflatten(0, (batch, count))[:, c]
+        return [
+            Chunk(
+                *(tuple(one(t, c) for t in ts) for ts in (self.weights, self.momenta)),
+                [tuple(one(t, c) for t in pair) for pair in self.grads], one(self.lr, c), tuple(one(t, c) for t in self.factors),
+            )
+            for c in range(count)
+        ]  # fmt: skip
+
+
 def predict(x: Tensor, weights: tuple[Tensor, ...], gain: Tensor | None) -> Tensor:
     """Mem(x), [B, H, T, E]."""
     if len(weights) == 1:
@@ -98,7 +129,7 @@ def errors(
     return [(k, d_a), (hidden, d_z)]
 
 
-def _mixing(log_keep: Tensor, log_momentum: Tensor, keep: Tensor, momentum: bool):
+def mixing(log_keep: Tensor, log_momentum: Tensor, keep: Tensor, momentum: bool):
     """How far start weights, start momentum and each token's gradient have come after each of T tokens.
 
     Returns:
@@ -134,22 +165,21 @@ def _after(weights, momenta, grads, lr, b, f, g, e, fade):
     return tuple(new_weights), tuple(new_momenta)
 
 
-def _chunk_starts(inputs: Inputs, weights, gain, chunk: int):
-    """Per chunk: weights and momenta at its start, gradients and mixing factors; and the state at the end."""
+def _chunks(inputs: Inputs, weights, gain, chunk: int) -> list[Chunk]:
     momenta = tuple(torch.zeros_like(w) for w in weights)
     out = []
     for start in range(0, inputs.k.shape[2], chunk):
         k, v, lr, log_keep, log_momentum, keep = inputs.part(start, start + chunk)
         grads = errors(k, v, weights, gain)
-        factors = _mixing(log_keep, log_momentum, keep, inputs.momentum)
-        out.append((weights, momenta, grads, lr, factors))
+        factors = mixing(log_keep, log_momentum, keep, inputs.momentum)
+        out.append(Chunk(weights, momenta, grads, lr, factors))
         weights, momenta = _after(weights, momenta, grads, lr, *factors)
-    return out, weights, momenta
+    return out
 
 
-def _read(q, weights, momenta, grads, lr, factors, gain, at: Tensor):
+def read(q: Tensor, chunk: Chunk, gain: Tensor | None, at: Tensor) -> Tensor:
     """Memory after token ``at`` [B, N] (-1: the chunk's start) of one chunk, asked with q [B, H, N, D]."""
-    b, f, g, _, _ = factors
+    weights, momenta, grads, lr, (b, f, g, _, _) = chunk
     index = (at + 1)[:, None]
     rows = F.pad(b, (1, 0), value=1.0).gather(2, index.expand(-1, b.shape[1], -1))[..., None]
     lean = F.pad(f, (1, 0)).gather(2, index.expand(-1, b.shape[1], -1))[..., None]
@@ -166,18 +196,22 @@ def _read(q, weights, momenta, grads, lr, factors, gain, at: Tensor):
 
 
 def scan(q: Tensor, inputs: Inputs, weights, gain, seen: Tensor, chunk: int) -> Tensor:
-    """Read after ``seen`` [B, N] learned tokens; q [B, H, N, D]. Queries are sorted by chunk, each chunk answers its own."""
-    chunks, _, _ = _chunk_starts(inputs, weights, gain, chunk)
+    """Read after ``seen`` [B, N] learned tokens; q [B, H, N, D]."""
+    return read_all(q, _chunks(inputs, weights, gain, chunk), gain, seen, chunk)
+
+
+def read_all(q: Tensor, chunks: list[Chunk], gain: Tensor | None, seen: Tensor, chunk: int) -> Tensor:
+    """Queries are sorted by chunk, each chunk answers its own."""
     batch, n = q.shape[0], q.shape[2]
     at = (seen - 1).clamp(min=0)
     home = at.div(chunk, rounding_mode="floor")  # [B, N]
     within = at - home * chunk
     rows = []
-    if n == inputs.k.shape[2] and bool((home == home[:1]).all()) and bool((home.diff(dim=1) >= 0).all()):
+    if bool((home == home[:1]).all()) and bool((home.diff(dim=1) >= 0).all()):
         # The usual causal case: the same consecutive queries belong to each chunk in every batch row.
         sizes = torch.bincount(home[0], minlength=len(chunks)).tolist()
         pieces = zip(q.split(sizes, 2), within.split(sizes, 1), chunks, strict=True)
-        rows = [_read(part, *state, gain, place) for part, place, state in pieces if part.shape[2]]
+        rows = [read(part, state, gain, place) for part, place, state in pieces if part.shape[2]]
         out = torch.cat(rows, 2)
     else:
         # Any order: queries are sorted by chunk; per chunk the rows differ in number, so each takes the largest share and masks.
@@ -194,7 +228,7 @@ def scan(q: Tensor, inputs: Inputs, weights, gain, seen: Tensor, chunk: int) -> 
             which = order.gather(1, (first[:, c : c + 1] + slot).clamp(max=n - 1))
             part = q.gather(2, which[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
             place = within.gather(1, which).masked_fill(~real, 0)
-            y = _read(part, *state, gain, place).masked_fill(~real[:, None, :, None], 0.0)
+            y = read(part, state, gain, place).masked_fill(~real[:, None, :, None], 0.0)
             index = which[:, None, :, None].expand(-1, q.shape[1], -1, y.shape[-1])
             total = total + y.new_zeros(batch, q.shape[1], n, y.shape[-1]).scatter_add(2, index, y)
         out = total
@@ -209,7 +243,7 @@ def learn(inputs: Inputs, weights, gain, chunk: int):
     for begin in range(0, inputs.k.shape[2], chunk):
         k, v, lr, log_keep, log_momentum, keep = inputs.part(begin, begin + chunk)
         grads = errors(k, v, weights, gain)
-        factors = _mixing(log_keep, log_momentum, keep, inputs.momentum)
+        factors = mixing(log_keep, log_momentum, keep, inputs.momentum)
         # Rows whose tokens have run out stay as they are (all factors are then neutral).
         running = (count > begin)[:, None, None, None]
         start = tuple(torch.where(running, w, s) for w, s in zip(weights, start, strict=True))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import block_sparse, decay, delta, linear, prefix, selected, softmax
+from kernels import block_sparse, decay, delta, linear, memory, prefix, selected, softmax
 from kernels._common.widths import LARGEST, largest
 from kernels.delta import torch as delta_in_torch
 from kernels.linear import torch as linear_in_torch
@@ -40,6 +40,17 @@ def _mlstm(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     return decay.decay_scan(q, k, v, **gates, normalizer="mlstm", **options)
 
 
+def _memory(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    k = k / (k.square().sum(-1, keepdim=True) + 1e-3).sqrt()
+    weights = torch.eye(k.shape[3], v.shape[3], dtype=q.dtype).expand(k.shape[1], -1, -1)
+    gates = {
+        "lr": 0.2 * v[..., 0].sigmoid(),
+        "log_keep": -k[..., 0].square(),
+        "log_momentum": -1 - k[..., 1].square(),
+    }
+    return memory.memory_scan(q, k, v, weights=(weights,), chunk=4, **gates, **options)
+
+
 # Operations as functions of queries, keys and values [B, H, N, D]; gates are made of the inputs.
 CALLS: dict[str, Call] = {
     "softmax": softmax.attention,
@@ -55,6 +66,7 @@ CALLS: dict[str, Call] = {
     "mlstm": _mlstm,
     "delta": lambda q, k, v, **o: _delta(q, k, v, -k[..., 0].square(), **o),
     "kda": lambda q, k, v, **o: _delta(q, k, v, -k.square(), **o),
+    "memory": _memory,
     "prefix softmax": lambda q, k, v, **o: prefix.prefix_softmax((q * k).sum(-1), v, **o),
 }
 
@@ -119,6 +131,7 @@ def test_an_explicit_choice_never_falls_back(name, monkeypatch):
 WIDE: dict[str, tuple[str, Call]] = {
     **{name: (name.split()[0], CALLS[name]) for name in ("softmax", "softmax window", "block_sparse", "selected", "linear", "delta")},
     "kda": ("delta", CALLS["kda"]),
+    "memory": ("memory", CALLS["memory"]),
     "mala": ("linear", CALLS["mala"]),
     "function": ("linear", lambda q, k, v, **o: linear.linear_attention(q, k, v, feature=torch.exp, **o)),
     "taylor2": ("taylor2", lambda q, k, v, **o: linear.linear_attention(q, k, v, feature="taylor2", **o)),
@@ -210,6 +223,7 @@ def test_offsets_beyond_int32_are_shapes_only():
     from kernels.delta import ops as delta_ops
     from kernels.delta.walk import delta_walk
     from kernels.linear import ops as linear_ops
+    from kernels.memory import ops as memory_ops
     from kernels.prefix import ops as prefix_ops
 
     b, h, n, d = 64, 64, 8192, 128
@@ -228,6 +242,11 @@ def test_offsets_beyond_int32_are_shapes_only():
         start = torch.empty(b * h, d, d)
         x, met, last = delta_ops.delta_walk_fwd(wide, wide, wide, None, None, start, False, "bfloat16")
         assert x.shape == wide.shape and met.shape == (b * h, n // 64, d, d) and last.shape == start.shape
+        gate = torch.empty(b * h, n // 64, 4)
+        x, _, met, *_ = memory_ops.memory_walk_fwd(
+            wide, wide, None, wide, None, gate, None, None, start, start, False, "float32"
+        )
+        assert x.shape == wide.shape and met.shape == (b * h, n // 64, d, d)
         square = torch.empty(b * h, n // 64, 64, 64)
         assert (
             delta_walk(wide, wide, square, square, wide, None, None, start, False)[0].stride()

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="launches need triton")
 from kernels.decay import launch as decay  # noqa: E402
 from kernels.delta import launch as delta  # noqa: E402
 from kernels.linear import launch as linear  # noqa: E402
+from kernels.memory import launch as memory  # noqa: E402
 from kernels.prefix import launch as prefix  # noqa: E402
 from kernels.selected import launch as selected  # noqa: E402
 from kernels.softmax import launch as softmax  # noqa: E402
@@ -56,6 +57,12 @@ def _delta(x):
     delta.pairs(chunks.flatten(0, 1), chunks.flatten(0, 1), "float32")
 
 
+def _memory(x):
+    chunks, state = x.reshape(x.shape[0], -1, 10, x.shape[3]), x.new_zeros(x.shape[0], 2, 2)
+    gate = x.new_ones(*chunks.shape[:2], 4)
+    memory.walk(chunks, chunks, None, chunks, None, gate, None, None, state, state, False, "float32")
+
+
 def _linear(x):
     state, small, one = x.new_zeros(*x.shape[:2], 2, 2), x.new_zeros(*x.shape[:2], 2), x.new_ones(x.shape[0])
     linear.state_fwd(x, x, None, None, None, "elu1")
@@ -68,7 +75,7 @@ def _prefix(x):
     prefix.scan(x.flatten(0, 1), x.flatten(0, 1), None)
 
 
-CALLS = {"softmax": _softmax, "selected": _selected, "decay": _decay, "delta": _delta, "linear": _linear, "prefix": _prefix}  # fmt: skip
+CALLS = {"softmax": _softmax, "selected": _selected, "decay": _decay, "delta": _delta, "memory": _memory, "linear": _linear, "prefix": _prefix}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [(1, LONG), (LONG, 10)], ids=["long", "many"])

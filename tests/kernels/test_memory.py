@@ -136,3 +136,6 @@ def test_errors_name_the_way_out():
         memory_scan(**{**args, "weights": (args["weights"][1], args["weights"][0])})
     with pytest.raises(ValueError, match="at least 1"):
         memory_scan(**args, chunk=0)
+    single = {n: tuple(w.float() for w in t) if n == "weights" else t.float() for n, t in args.items()}
+    with pytest.raises(NotImplementedError, match="memory of two layers; use impl='torch'"):
+        memory_scan(**single, impl="triton")

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton kernels need triton")
 
-FILES = {"pairs": ("softmax", "sparse"), "scans": ("linear", "decay", "delta", "prefix")}
+FILES = {"pairs": ("softmax", "sparse"), "scans": ("linear", "decay", "delta", "memory", "prefix")}
 
 
 @pytest.mark.parametrize("group", FILES)
