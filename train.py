@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.engine.cli import explain, list_names, sweep_status
-from tasks.engine.resume import continued, merge_resumed, run_folder
+from tasks.engine.resume import continued, merge_resumed, run_folder, search_record
 
 OmegaConf.register_new_resolver("run_folder", run_folder)
 
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> float | None:
     try:
         cfg, result = continued(merge_resumed(cfg, list(hydra_cfg.overrides.task)), folder)
         if result is None:
-            found = None
+            found = search_record(folder) if cfg.resume else None
             if cfg.get("sweep"):
                 from tasks.engine.search import search
 

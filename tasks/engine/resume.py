@@ -14,6 +14,7 @@ from zoo.errors import ConfigError
 
 AUTO = "auto"  # resume=auto
 FILE = "config.yaml"
+SEARCH = "search.json"  # how sweep= chose the configuration
 # What a continued run may change: how long it goes, on what, and how it is watched. The rest lies in its checkpoint or makes its curve.
 CHANGEABLE = (
     "trainer.",
@@ -124,6 +125,12 @@ def continued(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any]
     if (folder / "checkpoints" / "last.ckpt").exists():
         cfg.resume = str(folder)
     return cfg, None
+
+
+def search_record(folder: Path) -> dict[str, Any] | None:
+    """How the run that `folder` holds was chosen, if a search did that."""
+    path = folder / SEARCH
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tasks.engine.build import plain
 from tasks.engine.folder import RunFolder, write_json
+from tasks.engine.resume import SEARCH
 from tasks.engine.run import quiet, train
 from zoo.errors import ConfigError, ZooError
 
@@ -57,7 +58,9 @@ def search(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     best = min(ended, key=lambda f: f["loss"])[KEY]
     chosen = OmegaConf.create(plain(cfg))
     chosen.task.lr, chosen.sweep = best, None
-    return chosen, {**options, "low": low, "high": high, "best": best, "found": found}
+    record = {**options, "low": low, "high": high, "best": best, "found": found}
+    write_json(folder / SEARCH, record)  # for runs that go on from here with the rate alone
+    return chosen, record
 
 
 def _trial_config(cfg: DictConfig, rate: float, share: float) -> DictConfig:

@@ -187,6 +187,9 @@ def test_search_gives_every_trial_the_same_budget_and_reads_what_it_has(tmp_path
     before = [t.stat().st_mtime_ns for t in trials]
     assert run(*arguments, f"hydra.run.dir={tmp_path}", "resume=auto") == 0
     assert [t.stat().st_mtime_ns for t in trials] == before, "trials were repeated"
+    assert run(f"resume={tmp_path}", "trainer.max_epochs=3") == 0
+    longer = json.loads((tmp_path / "result.json").read_text())
+    assert longer["epochs"] == 3 and longer["search"] == search
 
 
 def test_a_refused_variant_is_no_failed_job(tmp_path, capsys):
