@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,9 @@ class ClickThrough(ZooTask):
             "correlation": "correlation_of_truth",
         }
         for name, shown in names.items():
-            if metrics[name].update_count:
-                values[shown] = float(metrics[name].compute())
+            # Every process that saw a history counts here, relevant behaviours or none: computing waits for all of them.
+            if metrics[name].update_count and not math.isnan(value := float(metrics[name].compute())):
+                values[shown] = value
         return values
 
     # ---------------------------------------------------------------- training
@@ -174,12 +176,9 @@ class ClickThrough(ZooTask):
             scores = full_precision(self.model.search_scores(*_inputs(batch)))
             real = batch["items"] > 0
             recall, weight = recall_of_truth(scores, batch["relevance"], real, self.truth_k)
-            if recall.numel():
-                metrics["recall"].update(recall)
-                metrics["weight"].update(weight)
-            correlation = correlation_with_truth(scores, batch["relevance"], real)
-            if correlation.numel():
-                metrics["correlation"].update(correlation)
+            metrics["recall"].update(recall)
+            metrics["weight"].update(weight)
+            metrics["correlation"].update(correlation_with_truth(scores, batch["relevance"], real))
             if split == "test" and len(self._kept["score"]) < 20:
                 keep = real & scores.isfinite()
                 self._kept["score"].append(scores[keep].cpu())

@@ -1,5 +1,6 @@
 """Click task: simulator, log data with drawn negatives, metrics, decoupled tables, figures."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,14 @@ def test_training_lowers_the_loss_and_figures_are_drawn(simulated, tmp_path: Pat
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         task.update_metrics(batch, task.metrics["test"], "test")
     assert len(task.figures(tmp_path)) == 2, "numpy has no half precision of this kind"
+    metrics = task.make_metrics()
+    with torch.no_grad():
+        task.update_metrics(batch | {"relevance": torch.zeros_like(batch["relevance"])}, metrics, "valid")
+    assert metrics["recall"].update_count == 1, "processes without relevant behaviours take part in the mean"
+    task.metrics["valid"] = metrics
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "recall_of_truth" not in task.compute_metrics("valid")
 
 
 def test_recall_of_truth_equals_sets() -> None:
