@@ -42,7 +42,10 @@ def table(
             return Tiles(16, 16, 4 if kernel == "fwd" else 8, 1)
         if kernel == "bwd_dbias" or (kernel == "bwd_dkdv" and scores == "factors"):
             return Tiles(32, 16, 8, 1)
-        return Tiles(16, 16, 8, 1) if kernel == "bwd_dq" and scores == "factors" else Tiles(32, 32, 8, 1)
+        if kernel == "bwd_dq" and scores == "factors":
+            return Tiles(16, 16, 8, 1)
+        pieces = {"bwd_dkdv": 64, "bwd_dq": 128} if scores == "rich" else {}
+        return Tiles(32, 32, 8, 1, pieces.get(kernel))
     if dot == "float32":
         side = 16 if wide or backend == "hip" else 32
         return Tiles(side, side, 8 if wide else 4, 1)
