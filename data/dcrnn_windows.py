@@ -10,8 +10,9 @@ from data import register_data
 from data.base import SPLITS
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_arrays, read_graph
+from data.traffic_formats import existing, read_graph
 from data.traffic_series import Series
+from zoo.files import read_arrays
 
 
 @register_data("dcrnn_windows")

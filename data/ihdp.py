@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from data import register_data
 from data.base import SPLITS, DataError, SplitDataset, ZooData, check_at_least, check_range, hash_arrays
 from data.sampler import BatchKey
+from zoo.files import read_arrays
 
 CONTINUOUS, BINARY = 6, 19
 FIELDS = ("x", "t", "yf", "mu0", "mu1")
@@ -90,18 +90,7 @@ class IhdpData(ZooData):
     def _read(self) -> dict[str, np.ndarray]:
         if not self.path.is_file():
             raise DataError(f"data.path={self.path}: no such file; give an .npz with {', '.join(FIELDS)}")
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                missing = [f for f in FIELDS if f not in file]
-                if missing:
-                    raise DataError(
-                        f"{self.path} lacks {', '.join(missing)}; it holds {', '.join(file.files)}"
-                    )
-                found = {f: file[f] for f in FIELDS}
-        except (OSError, ValueError, BadZipFile) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"cannot read {self.path}: {error}") from error
+        found = dict(zip(FIELDS, read_arrays(self.path, *FIELDS), strict=True))
         if found["x"].ndim == 3:
             count = found["x"].shape[2]
             if self.replication >= count:

@@ -10,8 +10,9 @@ import numpy as np
 from data import register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_formats import existing, read_arrays, read_graph
+from data.traffic_formats import existing, read_graph
 from data.traffic_series import Series, regular
+from zoo.files import read_arrays
 
 
 @register_data("pems_flow")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from data.errors import DataError
 from data.traffic_series import Series, check_adjacency, kernel_adjacency, match_adjacency
+from zoo.files import read_arrays
 
 # All that a pickled (ids, index, matrix) needs; anything else is refused, since unpickling runs code.
 _HARMLESS = {
@@ -42,18 +42,6 @@ def read_csv(path: Path, **options: Any) -> Any:
         return pd.read_csv(path, **options)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise DataError(f"cannot read table {path}: {' '.join(str(error).split())}") from None
-
-
-def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Arrays of an `.npz` file by name, without unpickling; a file that lacks one or is damaged raises DataError."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if set(names) <= set(archive.files):
-                return [archive[name] for name in names]
-            found = archive.files
-    except (OSError, ValueError, EOFError, TypeError, BadZipFile) as error:
-        raise DataError(f"{path} is no readable .npz file: {error}") from None
-    raise DataError(f"{path}: expected the arrays {', '.join(names)}, found {', '.join(found)}")
 
 
 class _Restricted(pickle.Unpickler):
@@ -97,11 +85,10 @@ def read_graph(path: Path, series: Series, *, sigma: float | None, cut: float) -
     if suffix in (".pkl", ".pickle"):
         ids, matrix = read_pickled_graph(path)
     elif suffix in (".npy", ".npz"):
-        try:
-            loaded = np.load(path, allow_pickle=False)
-            matrix = loaded if suffix == ".npy" else loaded[loaded.files[0]]
-        except (OSError, ValueError, EOFError, IndexError, BadZipFile) as error:
-            raise DataError(f"data.adjacency={path} is no readable array: {error}") from None
+        arrays = read_arrays(path)
+        if not arrays:
+            raise DataError(f"data.adjacency={path} holds no array")
+        matrix = arrays[0]
     elif suffix == ".csv":
         header = path.open(encoding="utf-8-sig").readline().lower()
         if "from" in header and "to" in header:

@@ -347,7 +347,7 @@ def test_ihdp_files(tmp_path):
     with pytest.raises(ValueError, match=r"0 \.\. 1"):
         IhdpData(path=str(tmp_path / "ihdp.npz"), replication=2).setup()
     np.savez(tmp_path / "bad.npz", x=stacked["x"])
-    with pytest.raises(ValueError, match="lacks t, yf"):
+    with pytest.raises(ValueError, match="expected the arrays x, t, yf, mu0, mu1, found x"):
         IhdpData(path=str(tmp_path / "bad.npz")).setup()
 
 

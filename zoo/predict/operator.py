@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import DataError
+from zoo.files import read_arrays
 from zoo.predict import Predictor
 
 
@@ -24,15 +25,7 @@ class TaskPredictor(Predictor):
     def preprocess(self, raw: Any) -> Tensor:
         """A path or array to values [B, N]."""
         if isinstance(raw, (str, Path)):
-            try:
-                if str(raw).endswith(".npy"):
-                    raw = np.load(raw, allow_pickle=False)
-                else:
-                    raw = np.loadtxt(raw, delimiter=",", ndmin=2)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"cannot read functions from {raw}: {error}; one line of numbers each"
-                ) from None
+            raw = _read(raw)
         values = np.atleast_2d(np.asarray(raw, dtype=np.float32))
         if values.ndim != 2 or values.shape[1] < 2 or not np.isfinite(values).all():
             raise DataError(f"functions must be finite numbers [B, N] with N > 1, got {values.shape}")
@@ -59,3 +52,12 @@ class TaskPredictor(Predictor):
     def format(self, raw: Any, prediction: dict[str, Any]) -> str:
         ends = [f"{min(line):.4g} .. {max(line):.4g}" for line in prediction["result"][:3]]
         return f"{raw}: {prediction['functions']} functions at {prediction['nodes']} nodes, values {'; '.join(ends)}"
+
+
+def _read(path: str | Path) -> np.ndarray:
+    if str(path).endswith(".npy"):
+        return read_arrays(path)[0]
+    try:
+        return np.loadtxt(path, delimiter=",", ndmin=2)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read functions from {path}: {error}; one line of numbers each") from None

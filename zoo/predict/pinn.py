@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from zoo.errors import ConfigError, DataError, unknown
-from zoo.files import write_whole
+from zoo.files import read_arrays, write_whole
 from zoo.layers.derivatives import Derivatives, derivatives, multi_index
 from zoo.predict import COMMON_OPTIONS, Predictor
 
@@ -133,13 +133,14 @@ def _read(path: Path, names: list[str]) -> np.ndarray:
         raise DataError(f"no file {path}; give a .csv or .npz with {', '.join(names)}, or grid:50x50")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return np.stack([np.asarray(arrays[n], float).ravel() for n in names], 1)
+            return np.stack([a.astype(float).ravel() for a in read_arrays(path, *names)], 1)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         return np.array([[float(row[n]) for n in names] for row in rows]).reshape(-1, len(names))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: no column {error}; it needs {', '.join(names)}") from error
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
 
