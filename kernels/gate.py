@@ -94,12 +94,13 @@ def covering(keys: list[Key]) -> list[Key]:
     """A small subset in which each kernel meets, on each target, every variant, dtype, head size, and its largest head size per dtype."""
     largest: dict[tuple, int] = {}
     for k in keys:
-        largest[k.op, k.kernel] = max(k.dim, largest.get((k.op, k.kernel), 0))
+        own = k.op, k.kernel, k.dtype
+        largest[own] = max(k.dim, largest.get(own, 0))
 
     def wants(k: Key) -> set:
         base = (k.op, k.kernel, k.target)
         out = {(*base, "variant", k.variant), (*base, "dtype", k.dtype), (*base, "dim", k.dim)}
-        if k.dim == largest[k.op, k.kernel]:
+        if k.dim == largest[k.op, k.kernel, k.dtype]:
             out |= {(*base, "largest", k.dtype), (*base, "largest", k.variant)}
         return out
 
