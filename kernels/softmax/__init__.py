@@ -27,7 +27,15 @@ from kernels._common.widths import width_gap
 from kernels.softmax import reference, skipping
 from kernels.softmax import torch as torch_path
 from kernels.softmax.combine import apply_sink, merge_lse
-from kernels.softmax.mods import Alibi, Polyline, RelativeTable, RelativeTable2d, RowColumn, ScoreMod
+from kernels.softmax.mods import (
+    Alibi,
+    Polyline,
+    RelativeTable,
+    RelativeTable2d,
+    RowColumn,
+    ScoreMod,
+    check_places,
+)
 
 __all__ = [
     "Alibi", "Polyline", "RelativeTable", "RelativeTable2d", "RowColumn", "ScoreMod",
@@ -161,6 +169,8 @@ def attention(
     if banded or score_mod is not None:
         pos_q, pos_k = query_key_positions(op, positions, q.shape[0], q.shape[2], k.shape[2], q.device)
     if score_mod is not None:
+        if positions is not None:
+            check_places(score_mod, pos_q, pos_k, full[3])
         mod = torch_path.Mod(score_mod.code(), score_mod.tables(), pos_q, pos_k)
     if not banded:
         pos_q = pos_k = None

@@ -6,7 +6,7 @@ A mod adds ``block(...)`` to the scaled scores. Places are positions on the key 
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, compiler
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +198,18 @@ def block(
     """
     out = _KINDS[code[0] - 1].block(code, tables, rows, pos_q, pos_k)
     return out if out.dim() == 4 else out[None]
+
+
+def check_places(mod: ScoreMod, pos_q: Tensor, pos_k: Tensor, keys: int) -> None:
+    """Raise ValueError where positions that a call gives leave the grid: the tables would be read past their end, or from their end."""
+    if isinstance(mod, Alibi | RelativeTable) or compiler.is_compiling():
+        return
+    sides = {"key": pos_k} if isinstance(mod, RowColumn) else {"query": pos_q, "key": pos_k}
+    for name, place in sides.items():
+        if place.numel() and int(place.max()) >= keys:
+            raise ValueError(
+                f"{type(mod).__name__}: {name} positions must be below {keys}, the tokens of its grid (with prefix), got {int(place.max())}"
+            )
 
 
 def _grid(place: Tensor, prefix: int, width: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,19 @@ REFUSED = {
     "mala rotated queries": (lambda: linear.mala(x(), x(), x(), rotated=(x(B, H, N, 2), x())), "rotated queries"),
     "mala rotated keys": (lambda: linear.mala(x(), x(), x(), rotated=(x(), x(B, H, N - 1, D))), "rotated keys"),
     "head gate of too many axes": (lambda: softmax.attention(x(), x(), x(), head_gate=x(B, H, N, 1)), "head_gate must be 3-D"),
+    "query off the grid": (
+        lambda: softmax.attention(
+            x(), x(B, H, 6, D), x(B, H, 6, D), positions=torch.arange(2, 7), score_mod=softmax.RelativeTable2d(x(H, 3, 5))
+        ),
+        "query positions must be below 6",
+    ),
+    "key off the grid": (
+        lambda: softmax.attention(
+            x(), x(B, H, 6, D), x(B, H, 6, D), positions=(torch.arange(9, 14), torch.arange(1, 7)),
+            score_mod=softmax.RowColumn(x(B, H, N, 2), x(B, H, N, 3)),
+        ),
+        "key positions must be below 6",
+    ),
     "stencil": (lambda: selected.block_scores(x(), x(), torch.ones(3, 2)), r"stencil must be \[5, Nb\]"),
     "visible of each head": (
         lambda: selected.block_scores(x(), x(), torch.eye(N), visible=torch.ones(B, H, N, N, dtype=torch.bool)), "visible must be",
