@@ -13,6 +13,7 @@ from data import register_data
 from data.base import SPLITS, DataError
 from data.tabular_table import TabularData
 from zoo.errors import closest
+from zoo.files import read_arrays
 from zoo.tabular.schema import MISSING_WORDS, check_columns, is_missing, read_table
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class TableData(TabularData):
                 other = {"N": "X_num", "C": "X_cat", "y": "Y"}[prefix]
                 for name in (f"{prefix}_{split}.npy", f"{other}_{split}.npy"):
                     if (self.path / name).is_file():
-                        parts[prefix] = _load_npy(self.path / name)
+                        (parts[prefix],) = read_arrays(self.path / name)
                         break
             if "y" not in parts or not {"N", "C"} & set(parts):
                 raise DataError(f"{self.path}: y_{split}.npy and N_{split}.npy or C_{split}.npy are needed")
@@ -188,14 +189,3 @@ class TableData(TabularData):
     def target_kinds(self) -> Mapping[str, str]:
         """What the user or the folder fixed."""
         return self.target_kind
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    """An array without unpickling; arrays of Python objects are refused."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise DataError(
-            f"{path} cannot be read without running code ({error}); save it as numbers or as fixed-width strings, "
-            "e.g. np.save(path, array.astype(str))"
-        ) from error

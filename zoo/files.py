@@ -53,6 +53,7 @@ def read_arrays(path: str | Path, *names: str) -> list[np.ndarray]:
         raise
     except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         # numpy says here how to load pickled files all the same, which would run whatever code they hold.
-        reason = "it is of another kind, or holds Python objects" if "pickle" in str(error) else error
+        objects = "it is of another kind, or holds Python objects (save words as array.astype(str))"
+        reason = objects if "pickle" in str(error) else error
         raise DataError(f"{path} is no readable {Path(path).suffix} file of numbers: {reason}") from None
     raise DataError(f"{path}: expected the arrays {', '.join(names)}, found {', '.join(found)}")

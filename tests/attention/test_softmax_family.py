@@ -302,6 +302,9 @@ def test_exact_factors_equal_their_formulas():
         dense_of(plane, x, grid)[0] + torch.nn.functional.softplus(plane.slope)[:, None, None] * square
     ).abs().max() < 1e-12
     assert plane.rank == 4 and line.rank == 3
+    other = {"grid": Grid((2, 6))}  # a picture of another shape than the module was built for
+    mixed = plane.attention_map(x, **other) @ plane.project(x, x, x)[2]
+    torch.testing.assert_close(plane.output(mixed, x), plane(x, **other))
     wave = make("flash_bias", factors="cosine", rank=4)
     torch.nn.init.normal_(wave.slope)
     angle = wave.frequency * (p[:, None] - p)[..., None]

@@ -258,7 +258,10 @@ def test_rtdl_folder(tmp_path):
     assert data.split_record()["sizes"] == {"train": 100, "val": 20, "test": 30}
     assert len(data.preprocessor.schema.numerical) == 3 and data.targets[0].kind == "regression"
     np.save(tmp_path / "C_train.npy", np.array([["a"], [None]], dtype=object), allow_pickle=True)
-    with pytest.raises(ANY, match="without running code"):
+    with pytest.raises(ANY, match="Python objects"):
+        TableData(path=str(tmp_path), show_schema=False).setup()
+    (tmp_path / "C_train.npy").write_bytes(b"")
+    with pytest.raises(ANY, match=r"C_train\.npy is no readable"):
         TableData(path=str(tmp_path), show_schema=False).setup()
 
 

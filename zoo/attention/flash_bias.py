@@ -146,6 +146,13 @@ class FlashBiasAttention(Attention):
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         return self.attend(*self._project(x, context, value, grid=call.get("grid")), **call)
 
+    def attention_map(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
+    ) -> Tensor:
+        context, value, call = self._check_call(x, context, value, **call)
+        q, k, _ = self._project(x, context, value, grid=call.get("grid"))  # places on the grid of this call
+        return self.weights(q, k, **call)
+
     def attend(
         self,
         q: Tensor,
