@@ -67,22 +67,23 @@ def _backward(ctx, do, dlast):
     if log_g is not None:
         later = F.pad(log_g[:, :, 1:], (0, 0) * (log_g.dim() - 3) + (0, 1)).flip(2)
 
+    # Rounding to half precision before the running sum of the gates' gradient would add up over the steps.
+    wants_gate = log_g is not None and ctx.needs_input_grad[3]
+
     def back(x: Tensor, y: Tensor, z: Tensor, start: Tensor | None, side: bool) -> tuple[Tensor, Tensor]:
-        out, end = decay_scan_fwd(x.flip(2), y.flip(2), z.flip(2), later, start, inclusive, side, False)
+        out, end = decay_scan_fwd(x.flip(2), y.flip(2), z.flip(2), later, start, inclusive, side, wants_gate)
         return out.flip(2), end
 
     def turned(state: Tensor | None) -> Tensor | None:
         return None if state is None else state.mT
 
-    wants_gate = log_g is not None and ctx.needs_input_grad[3]
     dq = dk = dv = dg = dinitial = None
     if ctx.needs_input_grad[0] or wants_gate:
-        dq = decay_scan_fwd(do, v, k, log_g, turned(initial), inclusive, not values, False)[0]
+        dq = decay_scan_fwd(do, v, k, log_g, turned(initial), inclusive, not values, wants_gate)[0]
     if ctx.needs_input_grad[1] or wants_gate:
         dk = back(v, do, q, turned(dlast), not values)[0]
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[4] or (wants_gate and values):
         dv, dinitial = back(k, q, do, dlast, values)
-        dv = dv.to(v.dtype)
         if log_g is not None:
             first = log_g[:, :, 0].exp()
             dinitial = dinitial * (
@@ -104,6 +105,7 @@ def _backward(ctx, do, dlast):
         elif dlast is not None:
             end = end[:, :, None]
         dg = gap.flip(2).cumsum(2).flip(2) + end
+    dq, dk, dv = (None if g is None else g.to(t.dtype) for g, t in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, dinitial if ctx.needs_input_grad[4] else None, None, None, None
 
 

@@ -214,3 +214,18 @@ def test_zero_sizes(shape):
     q, k, v = (torch.randn(b, h, n, 8, requires_grad=True) for _ in range(3))
     out = decay_scan(q, k, v, impl="triton")
     assert out.shape == (b, h, n, 8)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "keys"])
+def test_gates_of_half_precision_inputs_have_gradients_of_single_precision(kind):
+    """They are running sums of differences of products: what rounding leaves in each would add up over the steps."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(1, 1, 120, *s, generator=gen)
+    q, k, v = (new(16).half() for _ in range(3))
+    log_g = (-0.02 * new(*(() if kind == "scalar" else (16,))).abs()).requires_grad_()
+    weight = new(16)
+    found = []
+    for impl in ("torch", "triton"):
+        out = decay_scan(q, k, v, log_g=log_g, impl=impl)
+        found.append(torch.autograd.grad((out.float() * weight).sum(), log_g)[0])
+    assert (found[1] - found[0]).abs().max() < 2e-5 * found[0].abs().max()
