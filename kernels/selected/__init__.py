@@ -30,6 +30,9 @@ from kernels._common.widths import width_gap
 from kernels.selected import reference
 from kernels.selected import torch as torch_path
 
+# The heads of a group are the rows of a tile; the compile gate takes groups of 16.
+MOST_HEADS = 64
+
 __all__ = ["attention", "block_scores", "cost", "overlap_stencil", "select_blocks"]
 
 
@@ -194,6 +197,8 @@ def attention(
         raise ValueError(f"{op}: block_size must be at least 1, got {block_size}")
     asked = impl not in (None, "auto") or current_choice() is not None
     gap = width_gap("selected", "head size", max(q.shape[-1], v.shape[-1]), q.dtype)
+    if gap is None and q.shape[1] > MOST_HEADS * k.shape[1]:
+        gap = f"groups of {q.shape[1] // k.shape[1]} heads, only up to {MOST_HEADS}"
     impl = choose(op, impl, q, k, v, triton_gap=gap)
     if impl == "triton" and higher_order and not asked:
         impl = "torch"

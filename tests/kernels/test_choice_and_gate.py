@@ -31,6 +31,8 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with kernels.use("triton"), pytest.raises(NotImplementedError, match="needs tensors on a GPU"):
         linear_attention(q, q, q)
+    with pytest.raises(NotImplementedError, match="needs tensors on a GPU, got device 'meta'"):
+        kernels.choose("op", "triton", torch.zeros(1, device="meta"))
     with pytest.raises(NotImplementedError, match="no Triton kernel for float64 inputs; use impl='torch'"):
         linear_attention(q.double(), q.double(), q.double(), causal=True, impl="triton")
 

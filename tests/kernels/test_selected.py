@@ -167,6 +167,9 @@ def test_refusals_name_the_rule(monkeypatch):
         selected.attention(
             q.float(), k.float(), v.float(), choice(2, 2, 9, 10, 2), block_size=4, impl="triton"
         )
+    q, k, v = make(h=65, hk=1, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="groups of 65 heads, only up to 64; use impl='torch'"):
+        selected.attention(q, k, v, choice(2, 1, 9, 10, 2), block_size=4, impl="triton")
     with pytest.raises(ValueError, match="must divide"):
         selected.overlap_stencil(3, 3, 8, 3, 6, torch.device("cpu"))
     assert selected.cost(1, 4, 64, 4, 8, 16).flops == 2 * 4 * 64 * 32 * 32
