@@ -1,7 +1,6 @@
 """Runs the softmax kernels over lists of tiles, and describes these runs to the compile gate."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -35,19 +34,14 @@ def sparse(rule: tuple[int, ...], queries: int, keys: int, device: torch.device)
     ids = torch.tensor(rule[2:], dtype=torch.int32, device=device) if rule[0] == 3 else None
     rows = Lists(found.row_ptr, found.col, full, found.order, ids)
     columns = Lists(found.t_row_ptr, found.t_col, full[found.t_at.long()], found.order, ids)
-    return softmax.Sparse(rows, columns, _constants(rule), queries, keys)
-
-
-def _shared_tiles(backend: str, dot: str, d: int, e: int, arch: int) -> tiles.Tiles:
-    """All kernels walk the same lists, hence the tiles of the one with the least room."""
-    return tiles.table("bwd_dkdv", backend, dot, d, e, arch, "rich")
+    return softmax.Sparse(rows, columns, _constants(rule))
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, rule, scale):
     problem = softmax.Problem(q, k, v, key_mask=key_mask, scale=scale)
     dot, _ = tiles.types_of(q)
     widths = q.shape[3], v.shape[3]
-    t = _shared_tiles(platform(), dot, *widths, tiles.compute_capability())
+    t = tiles.sparse_table("fwd", platform(), dot, *widths, tiles.compute_capability())
     return problem, sparse(tuple(rule), t.queries, t.keys, q.device)
 
 
@@ -76,14 +70,12 @@ def gate_cases(target: Target, dtype: str, dim: int) -> Iterable[GateCase]:
     lists = Lists("*i32", "*i32", "*u8", "*i32", None)
     arch = target.arch if isinstance(target.arch, int) else 90
     dot, precision = tiles.dot_types(dtype, target.backend)
-    shared = _shared_tiles(target.backend, dot, dim, dim, arch)
     for kernel, name, products in (
         (tk.softmax_fwd_kernel, "fwd", 2),
         (tk.softmax_bwd_dkdv_kernel, "bwd_dkdv", 4),
         (tk.softmax_bwd_dq_kernel, "bwd_dq", 3),
     ):
-        t = tiles.table(name, target.backend, dot, dim, dim, arch, "rich")
-        t = replace(t, queries=shared.queries, keys=shared.keys)
+        t = tiles.sparse_table(name, target.backend, dot, dim, dim, arch)
         for variant, (rule, keys) in RULES.items():
             names = ("mask",) if variant in ("2d", "segments") else ()
             given = {

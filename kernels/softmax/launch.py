@@ -1,6 +1,5 @@
 """Launches the Triton kernels: operands, grids, splits."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -45,13 +44,11 @@ class Problem(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Lists of tiles for a block-sparse call: of key tiles per query tile, of query tiles per key tile."""
+    """Lists of tiles (of `tiles.sparse_table`) for a block-sparse call: of key tiles per query tile, of query tiles per key tile."""
 
     rows: Lists
     columns: Lists
     rule: tuple[int, ...]
-    queries: int
-    keys: int
 
 
 def _steps(t: Tensor, axes: int) -> list[int]:
@@ -111,17 +108,15 @@ class Call:
     def tiles(self, kernel: str) -> Tiles:
         dot, _ = types_of(self.q)
         p = self.problem
+        where = platform(), dot, self.size.d, self.size.e, tiles.compute_capability()
+        if self.sparse is not None:
+            return tiles.sparse_table(kernel, *where)
         pairwise = any(t is not None for t in (p.bias, p.post, p.table_a))
         placed = p.pos_q is not None and not p.aligned
-        rich = pairwise or placed or self.sparse is not None or p.softcap > 0
+        rich = pairwise or placed or p.softcap > 0
         scores = "factors" if p.phi_q is not None else "rich" if rich else "plain"
-        widths, arch = (self.size.d, self.size.e), tiles.compute_capability()
-        found = tiles.table(kernel, platform(), dot, *widths, arch, scores)
-        if p.skip:
-            return tiles.skip_table(kernel, found, p.skip, dot, *widths, arch)
-        if self.sparse is not None:
-            return replace(found, queries=self.sparse.queries, keys=self.sparse.keys)
-        return found
+        found = tiles.table(kernel, *where, scores)
+        return tiles.skip_table(kernel, found, p.skip, *where[1:]) if p.skip else found
 
     def config(self, t: Tiles) -> Config:
         p, (dot, precision) = self.problem, types_of(self.q)

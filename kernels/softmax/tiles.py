@@ -80,6 +80,27 @@ def skip_table(kernel: str, plain: Tiles, skip: Sequence[int], dot: str, d: int,
     return replace(plain, queries=min(plain.queries, skip[0]), keys=min(keys, skip[1]))
 
 
+def sparse_table(kernel: str, backend: str, dot: str, d: int, e: int, arch: int) -> Tiles:
+    """For block-sparse calls: all kernels walk the same lists, hence the sides of tiles that the one with the least room takes.
+
+    A rule of places takes other registers than a bias does: some kernels run with another number of warps than in ``table``.
+    """
+    least = table("bwd_dkdv", backend, dot, d, e, arch, "rich")
+    t = replace(table(kernel, backend, dot, d, e, arch, "rich"), queries=least.queries, keys=least.keys)
+    if backend == "hip":
+        return t
+    width, hopper, blackwell = max(pow2(d), pow2(e)), 90 <= arch < 100, arch >= 100
+    if dot == "float32":
+        if kernel == "fwd":
+            return replace(t, warps=8) if width == 16 and blackwell else t
+        return replace(t, warps=2 if blackwell else 4) if kernel == "bwd_dq" and width == 16 else t
+    if kernel == "bwd_dq" and width <= 64 and arch >= 90:
+        return replace(t, warps=4)
+    if hopper and kernel == "bwd_dkdv" and width == 64:
+        return replace(t, warps=8)
+    return replace(t, warps=4) if hopper and kernel == "fwd" and width > 128 else t
+
+
 def bias_kernel(where: str | None = None) -> bool:
     """Whether the kernel for the bias gradient fits: not in AMD's scalar registers."""
     return (where or platform()) == "cuda"
