@@ -19,7 +19,8 @@ constant ``GATE_DTYPES`` replaces the list below; head sizes are those of ``kern
 
 Results are cached by the hash of source, types, options and Triton version under ``ZOO_KERNEL_CACHE`` (default
 ``~/.cache/attention-zoo/kernels``). Several cases may give the same code (a head size cut into the same tiles, a type that a kernel does not
-see): such code is compiled once and counted for each.
+see): such code is compiled once and counted for each. The whole product is some 5,700 cases or 4,500 compilations, about two hours of one core,
+half of them softmax.
 """
 
 import argparse

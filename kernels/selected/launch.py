@@ -32,7 +32,7 @@ def tiles(kernel: str, where: str, dot: str, width: int) -> Tiles:
         return Tiles(32, 32, 8, 1)
     if not by_rows:
         return Tiles(16, 64 if kernel == "fwd" and width <= 16 else 32, 4, 1)
-    return Tiles(64, 32, 8 if kernel == "bwd_dkdv" and width == 64 else 4, 1)
+    return Tiles(32 if kernel == "bwd_dkdv" and width == 64 else 64, 32, 4, 1)
 
 
 def _plan(
