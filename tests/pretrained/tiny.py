@@ -140,7 +140,9 @@ def tiny_weights(task: str, folder: Path, attention: str = "softmax", **changes:
             parameter.add_(0.1 * torch.randn_like(parameter))
     if hasattr(model, "set_bank"):
         labels = torch.zeros(8, len(options["outputs"]))
-        model.set_bank(torch.randn(8, options["num_numerical"]), torch.ones(8, 1, dtype=torch.long), None, labels)
+        model.set_bank(
+            torch.randn(8, options["num_numerical"]), torch.ones(8, 1, dtype=torch.long), None, labels
+        )
     path = folder / "weights.safetensors"
     save_weights(
         path,
