@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from zoo.bench import memory, sensors
-from zoo.errors import ConfigError
 
 
 @pytest.mark.slow
@@ -24,11 +23,6 @@ def test_the_table_written_has_gaps_and_all_rows(tmp_path):
     frame = pq.read_table(tmp_path / "t.parquet").to_pandas()
     assert frame.shape == (memory.PIECE_ROWS + 5, 5)
     assert 0.005 < frame.x0.isna().mean() < 0.02 and not frame.y.isna().any()
-
-
-def test_unknown_case_names_the_nearest():
-    with pytest.raises(ConfigError, match="table_stream"):
-        memory.measure(["table_steam"])
 
 
 def test_pairs_of_groups_grow_as_four_thirds_and_are_those_of_the_layer():
