@@ -281,7 +281,7 @@ def test_the_bank_decides_travels_with_the_weights_and_must_be_filled(name):
 def test_tabr_looks_at_the_nearest_rows_as_the_paper_says():
     model = build("tabr").double()
     inputs = [t.double() if t.is_floating_point() else t for t in rows()]
-    keys, values = model._bank()
+    keys, values = model.banked()
     x = model._encode(*inputs)
     expected = []
     for row, k in zip(x, model.key(x), strict=True):
@@ -299,7 +299,7 @@ def test_tabr_never_sees_a_rows_own_target():
     inputs = rows(8, seed=5)  # the bank's own rows
     own = torch.arange(8)
     hidden, seen = model(*inputs, own), model(*inputs)
-    model.bank_targets[2] += 1.0 - 2 * (model.bank_targets[2, 1] > 1) * torch.tensor([0.0, 1.0])
+    model.bank.targets[2] += 1.0 - 2 * (model.bank.targets[2, 1] > 1) * torch.tensor([0.0, 1.0])
     torch.testing.assert_close(model(*inputs, own)[2], hidden[2], rtol=0, atol=0)
     assert not torch.allclose(model(*inputs)[2], seen[2], atol=1e-4)
     few = create_model("tabr", **{**SIZES, **SMALL["tabr"], "neighbors": 96}).eval()

@@ -167,11 +167,11 @@ def test_retrieval_hides_a_rows_own_target_in_training_only(tmp_path):
     options = {"dropout": 0.0, "context_dropout": 0.0, "unknown_rate": 0.0, "neighbors": 4, "dim": 16}
     model = create_model("tabr", **options, **data.model_arguments())
     task = TabularTask(model, data)
-    assert int(model.bank_rows) == len(data.dataset("train"))
+    assert int(model.bank.count) == len(data.dataset("train"))
     batch = next(iter(data.train_dataloader()))
     own = batch["index"][:1]
     before = [task.train(mode).logits(batch)[0].detach() for mode in (True, False)]
-    model.bank_targets[own] += 5
+    model.bank.targets[own] += 5
     train, evaluation = (task.train(mode).logits(batch)[0].detach() for mode in (True, False))
     torch.testing.assert_close(train, before[0], rtol=0, atol=0)
     assert not torch.allclose(evaluation, before[1], atol=1e-4)

@@ -22,6 +22,7 @@ from zoo.errors import ConfigError, unknown
 from zoo.layers.blocks import TransformerBlock
 from zoo.layers.mlp import Mlp
 from zoo.layers.numerical_embedding import FeatureTokens
+from zoo.layers.row_bank import RowBank
 from zoo.models.registry import register_model
 
 _NOT_PASSED_ON = ("self", "__class__", "attention", "outputs", "separate")
@@ -190,12 +191,7 @@ class MultiTab(nn.Module):
             for o in self.outputs
         )
         if inter_sample:
-            self.register_buffer("bank_numerical", torch.zeros(bank_size, num_numerical))
-            self.register_buffer(
-                "bank_categorical", torch.zeros(bank_size, len(cardinalities), dtype=torch.int64)
-            )
-            self.register_buffer("bank_missing", torch.zeros(bank_size, num_numerical, dtype=torch.bool))
-            self.register_buffer("bank_rows", torch.zeros((), dtype=torch.int64))
+            self.bank = RowBank(bank_size, num_numerical, len(cardinalities))
         self.reset_parameters()
 
     @classmethod
@@ -213,7 +209,6 @@ class MultiTab(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.task_tokens, std=self.task_tokens.shape[-1] ** -0.5)
 
-    @torch.no_grad()
     def set_bank(
         self,
         numerical: Tensor,
@@ -226,32 +221,23 @@ class MultiTab(nn.Module):
             network.set_bank(numerical, categorical, missing)
         if self.networks or not self.inter_sample:
             return
-        rows = min(len(numerical), len(self.bank_numerical))
-        self.bank_numerical[:rows] = numerical[:rows]
-        self.bank_categorical[:rows] = categorical[:rows]
-        self.bank_missing[:rows] = False if missing is None else missing[:rows]
-        self.bank_rows.fill_(rows)
+        self.bank.fill(numerical, categorical, missing)
 
     def _embed(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None) -> Tensor:
         x = self.tokens(numerical, categorical, missing)
         return torch.cat((self.task_tokens.expand(x.shape[0], -1, -1), x), 1)
 
-    def _bank(self) -> Tensor:
-        rows = int(self.bank_rows)
-        if not rows:
-            raise ConfigError(
-                "the bank of training rows is empty; call set_bank before predicting, or build with inference='batch'"
-            )
-        missing = self.bank_missing[:rows]
-        return self._embed(self.bank_numerical[:rows], self.bank_categorical[:rows], missing)
+    def banked(self) -> Tensor:
+        """Tokens of the rows looked at."""
+        return self._embed(*self.bank()[:3])
 
     def forward(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None = None) -> Tensor:
         """Numbers [B, Fn], codes [B, Fc], missing bool [B, Fn] -> [B, sum(outputs)]."""
         if self.networks:
             return torch.cat([network(numerical, categorical, missing) for network in self.networks], 1)
         x = self._embed(numerical, categorical, missing)
-        banked = self.inter_sample and not self.training and self.inference == "bank"
-        bank = self._bank() if banked else None
+        fixed = self.inter_sample and not self.training and self.inference == "bank"
+        bank = self.banked() if fixed else None
         for i, block in enumerate(self.blocks):
             x = block(x, bias=self.bias)
             if bank is not None:

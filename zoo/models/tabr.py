@@ -26,6 +26,7 @@ from zoo.attention.slots import AttentionFactory, Slot
 from zoo.errors import ConfigError
 from zoo.layers.drop import dropout_or_none
 from zoo.layers.numerical_embedding import FeatureTokens
+from zoo.layers.row_bank import RowBank
 from zoo.models.registry import register_model
 
 
@@ -178,20 +179,13 @@ class TabR(nn.Module):
         self.blocks = nn.ModuleList(_block(dim, dropout, norm=True) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, sum(outputs)))
         self.bank_size = bank_size
-        self.register_buffer("bank_numerical", torch.zeros(bank_size, num_numerical))
-        self.register_buffer(
-            "bank_categorical", torch.zeros(bank_size, len(cardinalities), dtype=torch.int64)
-        )
-        self.register_buffer("bank_missing", torch.zeros(bank_size, num_numerical, dtype=torch.bool))
-        self.register_buffer("bank_targets", torch.zeros(bank_size, len(outputs)))
-        self.register_buffer("bank_rows", torch.zeros((), dtype=torch.int64))
+        self.bank = RowBank(bank_size, num_numerical, len(cardinalities), num_targets=len(outputs))
 
     @classmethod
     def slots(cls, **options: object) -> dict[str, Slot]:
         """None."""
         return {}
 
-    @torch.no_grad()
     def set_bank(
         self,
         numerical: Tensor,
@@ -210,12 +204,7 @@ class TabR(nn.Module):
                 f"tabr looks at training rows and their targets: set_bank needs both, of 2 rows or more, got {len(numerical)} rows "
                 f"and {'no targets' if targets is None else 'targets'}"
             )
-        rows = min(len(numerical), self.bank_size)
-        self.bank_numerical[:rows] = numerical[:rows]
-        self.bank_categorical[:rows] = categorical[:rows]
-        self.bank_missing[:rows] = False if missing is None else missing[:rows]
-        self.bank_targets[:rows] = targets[:rows]
-        self.bank_rows.fill_(rows)
+        self.bank.fill(numerical, categorical, missing, targets)
 
     def _encode(self, numerical: Tensor, categorical: Tensor, missing: Tensor | None) -> Tensor:
         x = self.first(self.tokens(numerical, categorical, missing).flatten(1))
@@ -223,13 +212,10 @@ class TabR(nn.Module):
             x = x + block(x)
         return x
 
-    def _bank(self) -> tuple[Tensor, Tensor]:
+    def banked(self) -> tuple[Tensor, Tensor]:
         """Keys and embedded targets of the rows looked at."""
-        rows = int(self.bank_rows)
-        if not rows:
-            raise ConfigError("the bank of training rows is empty; call set_bank before predicting")
-        x = self._encode(self.bank_numerical[:rows], self.bank_categorical[:rows], self.bank_missing[:rows])
-        return self.key(x), self.label(self.bank_targets[:rows])
+        *columns, targets = self.bank()
+        return self.key(self._encode(*columns)), self.label(targets)
 
     def forward(
         self,
@@ -251,7 +237,7 @@ class TabR(nn.Module):
             [B, sum(outputs)].
         """
         x = self._encode(numerical, categorical, missing)
-        x = x + self.lookup(self.key(x), *self._bank(), own)
+        x = x + self.lookup(self.key(x), *self.banked(), own)
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError
+from zoo.layers.row_bank import RowBank
 from zoo.programs.audio import ConvolvedLogMel
 
 Inputs = dict[str, Tensor]
@@ -200,14 +201,13 @@ def _table(model: nn.Module, p: dict[str, Any]) -> list[Part]:
     columns = Preprocessor.from_dict({k: v for k, v in p.items() if k not in ("kind", "features")})
     numbers, words = len(columns.schema.numerical), columns.cardinalities
 
-    if any(hasattr(network, "bank_rows") for network in model.modules()):
-        # How many training rows a prediction looks at is data to a trace; here they are given.
-        model = copy.deepcopy(model)
-        for network in model.modules():
-            if hasattr(network, "bank_rows"):
-                with torch.no_grad():
-                    given = network._bank()
-                network._bank = lambda bank=given: bank
+    # How many training rows a prediction looks at is data to a trace; here they are given, embedded once.
+    model = copy.deepcopy(model)
+    for network in model.modules():
+        if isinstance(getattr(network, "bank", None), RowBank):
+            with torch.no_grad():
+                given = network.banked()
+            network.banked = lambda bank=given: bank
 
     def draw(batch: int, _: int) -> Inputs:
         codes = [torch.randint(count, (batch,)) for count in words]
