@@ -4,6 +4,7 @@ import torch
 
 from zoo.attention import Grid, Pattern, create_attention, get_attention, list_attention
 
+PATTERNS = [pattern.value for pattern in Pattern]
 CASES = [
     (name, pattern)
     for name in list_attention()
@@ -51,6 +52,18 @@ def build(name, pattern, *, dim=16, heads=2, m=7, dtype=torch.float32, **geometr
     return module
 
 
+def make(name, pattern="self", **options):
+    """A variant as it is initialised, 4 heads of width 6, in double precision and evaluation mode."""
+    return create_attention(name, 24, 4, pattern=pattern, **options).double().eval()
+
+
+def qkv(n=11, m=11, h=4, hk=4, d=6, seed=0):
+    """Heads for `attend` of what `make` builds: [2, h, n, d] and twice [2, hk, m, d]."""
+    g = torch.Generator().manual_seed(seed)
+    new = lambda heads, s: torch.randn(2, heads, s, d, generator=g, dtype=torch.float64)
+    return new(h, n), new(hk, m), new(hk, m)
+
+
 def inputs(pattern, *, b=2, n=7, m=7, dim=16, dtype=torch.float32, seed=2):
     """Arguments (x,) or (x, context)."""
     g = torch.Generator().manual_seed(seed)
@@ -62,4 +75,4 @@ def ids(values):
     return [f"{n}-{p.value}" for n, p in values]
 
 
-__all__ = ["CASES", "build", "cases", "grid_for", "ids", "inputs"]
+__all__ = ["CASES", "PATTERNS", "build", "cases", "grid_for", "ids", "inputs", "make", "qkv"]
