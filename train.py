@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tasks.engine.cli import explain, list_names, sweep_status
+from tasks.engine.cli import check_choices, explain, list_names, sweep_status
 from tasks.engine.resume import continued, merge_resumed, run_folder, search_record
 
 OmegaConf.register_new_resolver("run_folder", run_folder)
@@ -49,6 +49,7 @@ def entry() -> int:
         return list_names(sys.argv[sys.argv.index("--list") + 1 :])
     status, trouble = 0, None
     try:
+        check_choices(sys.argv[1:])
         main()
     except BaseException as error:
         status, trouble = explain(error), error

@@ -72,8 +72,6 @@ class AveragedWeights(Callback):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"callbacks.ema_decay={decay} is outside [0, 1)")
         self.decay = decay
         self.step = 0
         self.average: list[Tensor] = []

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.errors import CapabilityError, ZooError, closest
+from zoo.errors import CapabilityError, ConfigError, ZooError, closest
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -67,6 +67,29 @@ def list_names(groups: list[str]) -> int:
             return 2
         print(f"{group}: {', '.join(choices(group))}")
     return 0
+
+
+def check_choices(arguments: list[str]) -> None:
+    """Refuse what Hydra takes for a group's name and is none: a list, of which the last would win, and null.
+
+    Experiments may be listed: each adds its overrides.
+
+    Raises:
+        ConfigError: `attention=[softmax,mala]`, `task=null`.
+    """
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()} - {"experiment"}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        group = key.lstrip("+").split("@")[0]
+        if group not in groups:
+            continue
+        if value.startswith("["):
+            names = [name.strip(" []\"'") for name in value.split(",")]
+            raise ConfigError(
+                f"{argument}: {group} takes one name; write {key}={names[0]}, or -m {key}={','.join(names)} for a run of each"
+            )
+        if value == "null":
+            raise ConfigError(f"{argument}: leave it out, or choose: python train.py --list {group}")
 
 
 def explain(error: BaseException) -> int:

@@ -40,13 +40,20 @@ def check_settings(cfg: DictConfig) -> None:
         "callbacks.checkpoint_every_steps": (callbacks.checkpoint_every_steps, 1, None),
     }
     for name, (value, low, high) in whole.items():
-        number = isinstance(value, int) and low <= value and (high is None or value <= high)
+        number = type(value) is int and low <= value and (high is None or value <= high)
         if value is not None and not number:
             limit = f"of at least {low}" if high is None else f"from {low} to {high}"
             raise ConfigError(f"{name}={value} must be a whole number {limit}")
     clip = trainer.gradient_clip_val
-    if clip is not None and clip <= 0:
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise ConfigError(f"trainer.gradient_clip_val={clip} must be positive, or null for none")
+    average = callbacks.ema_decay
+    if not (isinstance(average, int | float) and 0 <= average < 1):
+        raise ConfigError(f"callbacks.ema_decay={average} is outside [0, 1); 0 switches it off")
+    if not isinstance(trainer.deterministic, bool) and trainer.deterministic != "warn":
+        raise ConfigError(
+            f"trainer.deterministic={trainer.deterministic} must be true, false or warn (only say where a result may differ)"
+        )
     if trainer.matmul_precision not in PRECISIONS:
         raise unknown("trainer.matmul_precision", str(trainer.matmul_precision), PRECISIONS)
 
