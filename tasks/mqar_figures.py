@@ -3,11 +3,13 @@
     python train.py -m task=mqar attention=softmax,linear,gla,deltanet,gdn,kda,none
     python -m tasks.mqar_figures runs/sweeps/<sweep>
 
-Reads every ``result.json`` below the given folders and writes ``recall_by_state.png`` and ``recall_by_state.md`` into the first.
+Reads every ``result.json`` below the given folders and writes ``recall_by_state.png`` and ``recall_by_state.md`` into the first of them,
+or where ``--out`` says.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import defaultdict
@@ -63,17 +65,24 @@ def draw(runs: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Read, draw, print; 0 if there was something to draw."""
-    folders = [Path(a) for a in arguments]
-    runs = read_runs(folders) if folders else {}
+    parser = argparse.ArgumentParser(prog="python -m tasks.mqar_figures", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="sweeps, runs, or folders that hold some"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where the figure and the table go (default: the first folder)"
+    )
+    args = parser.parse_args(argv)
+    runs = read_runs(args.folders)
     if not runs:
-        print(
-            "mqar_figures: no result.json of task mqar below " + (", ".join(arguments) or "(give a folder)")
-        )
+        print(f"no result.json of task mqar below {', '.join(map(str, args.folders))}", file=sys.stderr)
         return 1
-    draw(runs, folders[0] / "recall_by_state.png")
-    (folders[0] / "recall_by_state.md").write_text(table(runs))
+    out = args.out or args.folders[0]
+    out.mkdir(parents=True, exist_ok=True)
+    draw(runs, out / "recall_by_state.png")
+    (out / "recall_by_state.md").write_text(table(runs))
     print(table(runs))
     return 0
 

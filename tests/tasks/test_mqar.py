@@ -44,7 +44,7 @@ def test_only_asked_places_count():
     assert float(metrics["sequence_accuracy"].compute()) == pytest.approx(float(whole))
 
 
-def test_figures_and_state_size(tmp_path):
+def test_figures_and_state_size(tmp_path, capsys):
     source = data()
     task = Recall(model("gdn"), source)
     for batch in source.test_dataloader():
@@ -66,7 +66,14 @@ def test_figures_and_state_size(tmp_path):
     assert (
         (tmp_path / "recall_by_state.md").read_text().splitlines()[2].startswith("| gdn | 11 | 0.750 | 1 |")
     )
+    assert main([str(tmp_path / "gdn"), "--out", str(tmp_path / "pages")]) == 0
+    assert (tmp_path / "pages" / "recall_by_state.md").exists() and not (
+        tmp_path / "gdn" / "recall_by_state.md"
+    ).exists()
     assert main([str(tmp_path / "empty")]) == 1
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0 and "FOLDER" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["softmax", "gdn", "mlstm", "linear"])
