@@ -56,7 +56,7 @@ class PinnTask(ZooTask):
         balance: fixed | grad_norm | max_mean | ntk | relobralo.
         balance_every: Steps between updates of the weights.
         weights: First weights by term.
-        auxiliary_weight: Unused by point networks, kept for variants with losses of their own.
+        auxiliary_weight: No effect: a variant's own loss (routing balance ...) is not part of the objective, and the run says so.
     """
 
     monitor = "loss"
@@ -103,9 +103,19 @@ class PinnTask(ZooTask):
         ):
             if value not in choices:
                 raise unknown(f"task.{key}", str(value), choices)
-        for key, value in (("round_steps", round_steps), ("second_points", second_points), ("chunk", chunk)):
-            if value < 1:
-                raise ConfigError(f"task.{key}={value} must be at least 1")
+        for key, value, least in (
+            ("round_steps", round_steps, 1),
+            ("second_points", second_points, 1),
+            ("chunk", chunk, 1),
+            ("history", history, 1),
+            ("first_steps", first_steps, 0),
+            ("decay_steps", decay_steps, 0),
+            ("resample_every", resample_every, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"task.{key}={value} must be at least {least}")
+        if not 0 < decay <= 1:
+            raise ConfigError(f"task.decay={decay} is outside (0, 1]")
         self.first, self.first_steps, self.second, self.history = first, first_steps, second, history
         self.round_steps, self.second_points, self.resample_every = round_steps, second_points, resample_every
         self.decay, self.decay_steps = decay, decay_steps

@@ -165,21 +165,29 @@ class Objective:
     def kernel_trace(
         self, term: str, points: CollocationPoints, step: int = 0, draws: int = 4, most: int = 256
     ) -> Tensor:
-        """Mean squared gradient of a term's entries, by random signs over at most `most` points."""
+        """Mean squared gradient of a term's entries, by random signs over at most `most` of all points.
+
+        Evenly spaced ones: the first points are those of large residual, or those of the first side.
+        """
         draw, traces = generator(step, self.terms.index(term)), []
+
+        def some(rows: Tensor) -> Tensor:
+            return rows[:: -(-len(rows) // most)]
+
         for _ in range(draws):
             if term == "residual":
-                rows = self.residuals(self.fields(points.at[:most]), points.at[:most])
+                at = some(points.at)
+                rows = self.residuals(self.fields(at), at)
             else:
                 chosen = [c for c in self.conditions if c.name == term]
-                rows = torch.cat([self.misfit(c)[:most].reshape(-1, 1) for c in chosen])
+                rows = torch.cat([some(self.misfit(c)).reshape(-1, 1) for c in chosen])
             signs = torch.randint(0, 2, rows.shape, generator=draw).to(rows) * 2 - 1
             traces.append(self.gradient([(signs * rows).sum]).square().sum() / rows.numel())
         return torch.stack(traces).mean()
 
 
 def check_network(model: nn.Module, points: Tensor) -> None:
-    """Warn of attention that is not smooth, refuse networks whose points are not independent.
+    """Warn of attention that is not smooth or has a loss of its own, refuse networks whose points are not independent.
 
     Raises:
         CapabilityError: The output at one of `points` depends on the others.
@@ -188,6 +196,10 @@ def check_network(model: nn.Module, points: Tensor) -> None:
     for name in sorted({m.name for m in attentive if not m.capabilities.smooth}):
         log.warning(
             "attention %r is not smooth (selection or rounding): its second derivatives miss the jumps", name
+        )
+    for name in sorted({m.name for m in attentive if type(m).auxiliary_loss is not Attention.auxiliary_loss}):
+        log.warning(
+            "attention %r has a loss of its own (routing balance ...), which a point network leaves out", name
         )
     if points_mix(model, points):
         names = ", ".join(sorted({repr(m.name) for m in attentive})) or type(model).__name__

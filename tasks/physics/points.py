@@ -45,9 +45,9 @@ class CollocationPoints(nn.Module):
     ) -> None:
         super().__init__()
         stages = [float(e) for e in (causal if isinstance(causal, Sequence) else [causal])]
-        if not 0 <= adaptive <= 1 or pool < 1 or slabs < 1 or self_adaptive < 0:
+        if not 0 <= adaptive <= 1 or min(pool, slabs) < 1 or min(power, floor, self_adaptive) < 0:
             raise ConfigError(
-                f"need adaptive={adaptive} in [0, 1], pool={pool}, slabs={slabs} >= 1, "
+                f"need adaptive={adaptive} in [0, 1], pool={pool}, slabs={slabs} >= 1, power={power}, floor={floor}, "
                 f"self_adaptive={self_adaptive} >= 0"
             )
         if not stages or min(stages) < 0 or stages != sorted(stages):
@@ -64,7 +64,7 @@ class CollocationPoints(nn.Module):
         self.stages, self.slabs, self.self_adaptive = stages, slabs, self_adaptive
         self.squares = torch.zeros(0, dtype=torch.float64)
         self.register_buffer("at", data.draw(data.interior, 0))
-        self.register_buffer("own_weight", torch.ones(data.interior, dtype=torch.float64))
+        self.register_buffer("own_weight", torch.ones(len(self.at), dtype=torch.float64))
         self.register_buffer("slab_loss", torch.zeros(slabs, dtype=torch.float64))
         self.register_buffer("stage", torch.zeros((), dtype=torch.long))
 
@@ -86,7 +86,7 @@ class CollocationPoints(nn.Module):
 
     @torch.no_grad()
     def resample(self, step: int, count: int, squared_residual: Callable[[Tensor], Tensor]) -> None:
-        """`count` new points, some of them where `squared_residual` of points [M, d] -> [M] is large."""
+        """`count` new points (a grid has a few more), some of them where `squared_residual` [M, d] -> [M] is large."""
         fresh = self.data.draw(count, 1, step).to(self.at.device)
         chosen = int(self.adaptive * count) if step else 0
         if chosen:
@@ -97,7 +97,7 @@ class CollocationPoints(nn.Module):
                 index = torch.multinomial(density.cpu(), chosen, generator=generator(self.data.seed, 3, step))
                 fresh[:chosen] = candidates[index.to(candidates.device)]
         self.at = fresh
-        self.own_weight = torch.ones(count, dtype=torch.float64, device=fresh.device)
+        self.own_weight = torch.ones(len(fresh), dtype=torch.float64, device=fresh.device)
 
     @torch.no_grad()
     def learn(self) -> None:

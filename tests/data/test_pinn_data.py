@@ -44,6 +44,13 @@ def test_burgers_reference():
     assert slope[(1, 0)].item() == pytest.approx(-152.00516, abs=1e-4)
 
 
+def test_burgers_too_thin_for_its_quadrature_is_refused():
+    """At nu = 5e-4 150 nodes are off by 1e-3 where the front is."""
+    assert create_problem("burgers1d", {"nu": 1e-3, "nx": 32, "nt": 8}).reference()[1].isfinite().all()
+    with pytest.raises(DataError, match="nu=0.0005.*off by 0.00.*larger nu"):
+        create_problem("burgers1d", {"nu": 5e-4}).reference()
+
+
 def test_a_wrong_reference_is_noticed():
     problem = create_problem("kovasznay")
     problem.reynolds = 39.0

@@ -47,6 +47,10 @@ def test_resumed_run_equals_the_uninterrupted_one(half, method, tmp_path):
         ({"adaptive": 2}, "in \\[0, 1\\]"),
         ({"causal": [1.0, 0.1], "problem": "reaction"}, "rising list"),
         ({"chunk": 0}, "task.chunk=0 must be at least 1"),
+        ({"history": 0}, "task.history=0 must be at least 1"),
+        ({"first_steps": -3}, "task.first_steps=-3 must be at least 0"),
+        ({"decay": 0.0}, "task.decay=0.0 is outside"),
+        ({"floor": -2.0}, "floor=-2.0"),
         ({"balance": "gradnorm"}, "did you mean 'grad_norm'"),
         ({"weights": {"inital": 2.0}}, "unknown loss term"),
     ],
@@ -92,6 +96,15 @@ def test_variants_that_are_not_smooth_are_announced(caplog):
     with caplog.at_level("WARNING", "zoo.pinn"):
         make("physicsformer", attention=name, model_options={"tokens": 2})
     assert "not smooth" in caplog.text and name in caplog.text
+
+
+def test_a_variants_own_loss_is_announced_as_left_out(caplog):
+    with caplog.at_level("WARNING", "zoo.pinn"):
+        make("physicsformer", attention="moh", model_options={"tokens": 2}, derivatives="reverse")
+    assert "'moh' has a loss of its own" in caplog.text
+    caplog.clear()
+    make("physicsformer", model_options={"tokens": 2})
+    assert "loss of its own" not in caplog.text
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_way_out_and_keeps_the_best_state(tmp_path):

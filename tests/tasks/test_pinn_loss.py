@@ -49,6 +49,16 @@ def test_kernel_trace_is_unbiased():
     assert found.item() == pytest.approx(exact.item(), rel=0.25)
 
 
+def test_kernel_trace_looks_at_all_points_not_at_the_first_ones(monkeypatch):
+    """Resampling puts the points of large residual first."""
+    task, seen = make(), []
+    task.points.at = torch.linspace(0, 1, 90, dtype=torch.float64)[:, None].expand(-1, 2)
+    whole = task.objective.fields
+    monkeypatch.setattr(task.objective, "fields", lambda at, *rest: seen.append(at) or whole(at, *rest))
+    task.objective.kernel_trace("residual", task.points, draws=1, most=20)
+    assert len(seen[0]) <= 20 and seen[0].min() == 0 and seen[0].max() > 0.9
+
+
 def test_chunks_do_not_change_the_gradient():
     grads = []
     for chunk in (48, 7):
@@ -95,6 +105,13 @@ def test_inverse_problem_trains_its_coefficients():
     with torch.no_grad():
         task.unknowns["l1"].fill_(7.0)
     assert coefficients(task.objective) == found["velocity"] != found["stream"]
+
+
+def test_a_grid_may_have_more_points_than_asked_for():
+    task = make(data={"sampling": "grid"})  # 48 points asked for, 7 x 7 given
+    assert len(task.points.at) == 49 and np.isfinite(total(task))
+    task.points.resample(3, 48, task.objective.squared_residual)
+    assert len(task.points.at) == 49 and np.isfinite(total(task))
 
 
 def test_causal_needs_time():
