@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.engine.build import plain
-from tasks.engine.folder import RunFolder, write_json
-from tasks.engine.resume import SEARCH
+from tasks.engine.folder import RunFolder, is_main_process, write_json
+from tasks.engine.resume import SEARCH, write_config
 from tasks.engine.run import quiet, train
 from zoo.errors import ConfigError, ZooError
 
@@ -37,6 +37,8 @@ def search(cfg: DictConfig, folder: Path) -> tuple[DictConfig, dict[str, Any]]:
     options = plain(cfg.sweep)
     if options["trials"] < 1 or options["factor"] <= 1 or not 0 < options["epochs"] <= 1:
         raise ConfigError("sweep: trials must be >= 1, factor > 1 and epochs in (0, 1]")
+    if is_main_process():
+        write_config(cfg, folder)  # what `resume=` reads when the search does not end
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=cfg.seed, n_startup_trials=3))
     study.enqueue_trial({KEY: cfg.task.lr})

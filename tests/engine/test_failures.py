@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,30 @@ def test_search_gives_every_trial_the_same_budget_and_reads_what_it_has(tmp_path
     assert run(f"resume={tmp_path}", "trainer.max_epochs=3") == 0
     longer = json.loads((tmp_path / "result.json").read_text())
     assert longer["epochs"] == 3 and longer["search"] == search
+
+
+def test_a_run_killed_in_its_search_resumes_with_the_trials_it_has(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    from tasks.engine import search
+
+    tried = []
+
+    def trial(cfg, folder):
+        tried.append(folder.name)
+        if tried == ["0", "1"]:
+            raise KeyboardInterrupt
+        loss = 0.5 if folder.name == "1" else 1.0
+        return SimpleNamespace(task=SimpleNamespace(monitor="loss", mode="min"), valid={"loss": loss})
+
+    monkeypatch.setattr(search, "train", trial)
+    arguments = ["sweep=lr", "sweep.trials=3", "trainer.max_epochs=1", "task.lr=1e-4"]
+    assert run(*arguments, f"hydra.run.dir={tmp_path}") == 130
+    assert run(f"resume={tmp_path}") == 0
+    assert tried == ["0", "1", "1", "2"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["search"]["best"] == result["search"]["found"][1]["task.lr"] != 1e-4
+    card = json.loads((tmp_path / "weights.json").read_text())
+    assert card["config"]["task"]["lr"] == result["search"]["best"]
 
 
 def test_a_refused_variant_is_no_failed_job(tmp_path, capsys):
