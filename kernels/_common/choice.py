@@ -101,6 +101,8 @@ def choose(op: str, impl: str | None, *tensors: Tensor, triton_gap: str | None =
         # Reading context variables is outside what torch.compile traces; the choice is baked into the graph.
         asked = _current_traceable()
     device = tensors[0].device.type if tensors else "cpu"
+    if asked is None and device != "cuda":
+        return "torch"
     gap = triton_gap
     if gap is None and any(t.dtype == torch.float64 for t in tensors):
         gap = "float64 inputs"
@@ -121,8 +123,6 @@ def choose(op: str, impl: str | None, *tensors: Tensor, triton_gap: str | None =
         return "triton"
     if asked is not None:
         return asked
-    if device != "cuda":
-        return "torch"
     if gap is not None or not has_triton():
         if not torch.compiler.is_compiling():
             _log_once(f"{op}: torch implementation on {device} ({gap or 'triton is not installed'})")

@@ -101,7 +101,7 @@ def attention(
         ValueError: Shapes or options that do not fit.
         NotImplementedError: impl="triton" for what its kernels lack.
     """
-    if not all(isinstance(t, Tensor) for t in (q, k, v)):
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         # Taylor jets and other tensor-likes bring their own rule
         options = dict(
             key_mask=key_mask, bias=bias, causal=causal, positions=positions, window=window, scale=scale
@@ -154,16 +154,17 @@ def attention(
     if gap is None and post_mask is not None and post_mask.requires_grad:
         gap = "the gradient of post_mask"
     gap = gap or width_gap("softmax", "head size", max(q.shape[-1], v.shape[-1]), q.dtype)
-    asked = impl not in (None, "auto") or current_choice() is not None
+    asked = impl
     impl = choose(op, impl, q, k, v, triton_gap=gap)
-    needs = (
-        return_lse
-        or (bias is not None and bias.requires_grad)
-        or (banded and not (window is None and positions is None))
-        or any(option is not None for option in (softcap, factors, score_mod, post_mask, skip))
-    )
-    if impl == "triton" and not asked and (higher_order or not needs):
-        impl = "torch"
+    if impl == "triton" and asked in (None, "auto") and current_choice() is None:
+        lacking = (
+            return_lse
+            or (bias is not None and bias.requires_grad)
+            or (banded and not (window is None and positions is None))
+            or any(option is not None for option in (softcap, factors, score_mod, post_mask, skip))
+        )
+        if higher_order or not lacking:  # nobody asked for Triton and SDPA has all of this
+            impl = "torch"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pos_q = pos_k = mod = None
     if banded or score_mod is not None:

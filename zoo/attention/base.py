@@ -72,6 +72,7 @@ class Attention(ContractChecks):
     ) -> None:
         super().__init__()
         self.pattern = Pattern(pattern)
+        self.causal = self.pattern.causal
         self.dim, self.num_heads = dim, num_heads
         self.kv_heads = kv_heads or num_heads
         if head_dim is None and dim % num_heads:
@@ -96,10 +97,6 @@ class Attention(ContractChecks):
             self.qkv = nn.Linear(dim, heads * d + self.kv_heads * (d + e), bias=qkv_bias)
         self.proj = nn.Linear(heads * e, dim)
         self.proj_drop = FastDropout(dropout)
-
-    @property
-    def causal(self) -> bool:
-        return self.pattern.causal
 
     # ---------------------------------------------------------------- what variants override
 

@@ -79,18 +79,19 @@ class SoftmaxAttention(Attention):
             self.sink_key = nn.Parameter(torch.empty(num_heads, self.head_dim))
             self.sink_value = nn.Parameter(torch.zeros(num_heads, self.value_head_dim))
             nn.init.trunc_normal_(self.sink_key, std=0.02)
-        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else None
 
     def project(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x, context, value)
-        return self.q_norm(q), self.k_norm(k), v
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         if self.pattern is not Pattern.CROSS:
             return super().step(x_t, state)
         self._check_streaming()
-        q = self.q_norm(split_heads(self.q(x_t), self.num_heads))  # the keys are in the state
+        q = split_heads(self.q(x_t), self.num_heads)  # the keys are in the state
+        q = q if self.q_norm is None else self.q_norm(q)
         return self.output(self.attend(q, **state), x_t), state
 
     def attend(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.attention.base import BiasFactors, Grid, State
 from zoo.attention.slots import AttentionFactory
 from zoo.errors import ConfigError, unknown
-from zoo.layers.drop import drop_path_or_none
+from zoo.layers.drop import DropPath, drop_path_or_none
 from zoo.layers.mlp import Mlp
 
 Bias = Tensor | BiasFactors | None
@@ -39,8 +39,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def _layer_scale(dim: int, init: float | None) -> nn.Module:
-    return nn.Identity() if init is None else LayerScale(dim, init)
+def _layer_scale(dim: int, init: float | None) -> LayerScale | None:
+    return None if init is None else LayerScale(dim, init)
+
+
+def _join(x: Tensor, branch: Tensor, scale: LayerScale | None, drop: DropPath | None) -> Tensor:
+    """`x + drop(scale(branch))`; what is None is not called, for calls are most of the time of decoding a token."""
+    branch = branch if scale is None else scale(branch)
+    return x + (branch if drop is None else drop(branch))
 
 
 def _check(dim: int, num_heads: int, norm: str) -> None:
@@ -115,12 +121,12 @@ class TransformerBlock(nn.Module):
             "positions": positions,
         }
         if self.pre:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **call)))
+            x = _join(x, self.attn(self.norm1(x), **call), self.ls1, self.drop_path1)
             x = x if keep is None else x[:, :keep]
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        x = x + self.drop_path1(self.ls1(self.attn(x, **call)))
+            return _join(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+        x = _join(x, self.attn(x, **call), self.ls1, self.drop_path1)
         x = self.norm1(x if keep is None else x[:, :keep])
-        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x))))
+        return self.norm2(_join(x, self.mlp(x), self.ls2, self.drop_path2))
 
     def init_state(self, batch_size: int) -> State:
         """State before the first token; causal slots of streaming variants only."""
@@ -129,11 +135,11 @@ class TransformerBlock(nn.Module):
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """One token [B, 1, C] in, one out; equals `forward` on the whole sequence."""
         out, state = self.attn.step(self.norm1(x_t) if self.pre else x_t, state)
-        x = x_t + self.drop_path1(self.ls1(out))
+        x = _join(x_t, out, self.ls1, self.drop_path1)
         if self.pre:
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
+            return _join(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2), state
         x = self.norm1(x)
-        return self.norm2(x + self.drop_path2(self.ls2(self.mlp(x)))), state
+        return self.norm2(_join(x, self.mlp(x), self.ls2, self.drop_path2)), state
 
 
 class DecoderBlock(nn.Module):
@@ -191,8 +197,8 @@ class DecoderBlock(nn.Module):
         self.ls2 = _layer_scale(dim, layer_scale)
         self.drop_path = drop_path_or_none(drop_path)
 
-    def _add(self, x: Tensor, branch: Tensor, scale: nn.Module, norm: nn.Module) -> Tensor:
-        x = x + self.drop_path(scale(branch))
+    def _add(self, x: Tensor, branch: Tensor, scale: LayerScale | None, norm: nn.Module) -> Tensor:
+        x = _join(x, branch, scale, self.drop_path)
         return x if self.pre else norm(x)
 
     def _in(self, x: Tensor, norm: nn.Module) -> Tensor:

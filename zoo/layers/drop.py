@@ -35,9 +35,9 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
-def drop_path_or_none(p: float) -> nn.Module:
-    """`DropPath(p)`, or the identity where p is zero."""
-    return DropPath(p) if p else nn.Identity()
+def drop_path_or_none(p: float) -> DropPath | None:
+    """`DropPath(p)`, or None where p is zero."""
+    return DropPath(p) if p else None
 
 
 def dropout_or_none(p: float) -> nn.Module:

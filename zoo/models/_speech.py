@@ -302,7 +302,7 @@ class SpeechModel(nn.Module):
         length, places = state["length"], state["places"]
         x = self._embed(tokens[:, None], length)
         new: State = {"length": length + 1, "places": places}
-        seen = self._last_seen(torch.tensor([length], device=tokens.device), places)
+        seen = self._last_seen(torch.tensor([length], device=tokens.device), places) if self.wait else None
         for i, block in enumerate(self.decoder):
             x, new[f"block{i}"] = block.step(x, state[f"block{i}"], context_positions=seen)
         return self.head(self.decoder_norm(x))[:, 0], new
