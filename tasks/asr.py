@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from tasks.asr_analysis import Picture, analyse
+from tasks.asr_analysis import Picture, analyse, readable
 from tasks.asr_batches import search_batch_sizes
 from tasks.base import Batch, ZooTask
 from zoo.decoding import beam_search, ctc_greedy, greedy
@@ -92,10 +92,8 @@ class SpeechToText(ZooTask):
         return {"vocab_size": len(data.tokeniser), "sample_rate": data.sample_rate}
 
     def _take_statistics(self, count: int) -> None:
-        features = []
-        for utterance in self.data.split("train")[:count]:
-            wave = torch.from_numpy(self.data.samples(utterance))[None]
-            features.append(self.model.front.raw(wave)[0])
+        waves = readable(self.data, "train", count)
+        features = [self.model.front.raw(torch.from_numpy(wave)[None])[0] for _, wave in waves]
         self.model.front.set_statistics(features)
 
     # ---------------------------------------------------------------- training
@@ -115,7 +113,7 @@ class SpeechToText(ZooTask):
             return {"ctc": self._of_silence(batch["audio"].device, decode)}
         inputs, targets = with_ends(tokens, count)
         out = self.model(batch["audio"], batch["audio_length"], inputs if decode else None)
-        self._count_padding(batch)
+        self._count(batch, out.lengths * self.model.ctc_per_place)
         terms = self.terms(out, tokens, count, targets)
         if alone:
             terms["ctc"] = terms["ctc"] / self.ctc_weight
@@ -152,17 +150,21 @@ class SpeechToText(ZooTask):
             terms["decoder"] = (1 - self.ctc_weight) * cross_entropy
         return terms
 
-    def _count_padding(self, batch: Batch) -> None:
+    def _count(self, batch: Batch, ctc_frames: Tensor) -> None:
         self._padding["frames"] += int(batch["audio_length"].sum())
         self._padding["padded_frames"] += batch["audio"].numel()
         self._padding["tokens"] += int(batch["token_length"].sum())
         self._padding["padded_tokens"] += batch["tokens"].numel()
+        self._padding["texts"] += len(ctc_frames)
+        too_long = too_long_for_ctc(batch["tokens"], batch["token_length"], ctc_frames)
+        self._padding["too_long"] += int(too_long.sum())
 
     def on_train_epoch_end(self) -> None:
         p = self._padding
         if p["padded_frames"]:
             self.log("train/padding_frames", 1 - p["frames"] / p["padded_frames"])
             self.log("train/padding_tokens", 1 - p["tokens"] / p["padded_tokens"])
+            self.log("train/too_long_for_ctc", p["too_long"] / p["texts"])
         self.reset_padding()
 
     def reset_padding(self) -> None:
@@ -295,3 +297,13 @@ def with_ends(tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     targets = F.pad(tokens, (0, 1))
     targets = torch.where(places < count[:, None], targets, torch.where(places == count[:, None], EOS, -100))
     return inputs, targets
+
+
+def too_long_for_ctc(tokens: Tensor, count: Tensor, frames: Tensor) -> Tensor:
+    """Texts that no path through so many CTC frames can write, bool [B]: a label a frame, and a blank between equal ones.
+
+    Their loss is set to zero, so a share of them above zero asks for less subsampling or more `ctc_per_place`.
+    """
+    inside = torch.arange(tokens.shape[1], device=tokens.device)[1:] < count[:, None]
+    repeats = ((tokens[:, 1:] == tokens[:, :-1]) & inside).sum(1)
+    return count + repeats > frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.speech_batches import Utterance
 from zoo.decoding.align import (
     align_attention,
     align_ctc,
@@ -18,7 +20,7 @@ from zoo.decoding.align import (
     pearson,
     word_spans,
 )
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DataError
 from zoo.models._speech import BOS
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ class Picture:
     dtw_s: list[float] = field(default_factory=list)
 
 
+def readable(data: Any, split: str, count: int) -> Iterator[tuple[Utterance, np.ndarray]]:
+    """Those of a split's first `count` utterances whose recordings can be read, with their samples; others are named."""
+    for utterance in data.split(split)[:count]:
+        try:
+            samples = data.samples(utterance)
+        except DataError as error:
+            data.skip(utterance.id, str(error))
+        else:
+            yield utterance, samples
+
+
 @torch.no_grad()
 def analyse(task: SpeechToText, count: int) -> tuple[dict[str, float], Picture | None]:
     """Timestamps and explanations on the first test utterances, the reference given to the decoder.
@@ -56,9 +69,9 @@ def analyse(task: SpeechToText, count: int) -> tuple[dict[str, float], Picture |
     place_s = model.front.hop * model.stem.factor / data.sample_rate
     values: dict[str, list[float]] = {}
     picture = None
-    for i, utterance in enumerate(data.split("test")[:count]):
+    for utterance, samples in readable(data, "test", count):
         tokens = data.tokeniser.encode(utterance.text)
-        wave = torch.from_numpy(data.samples(utterance))[None].to(task.device)
+        wave = torch.from_numpy(samples)[None].to(task.device)
         features, frames = model.front(wave, torch.tensor([wave.shape[1]], device=task.device))
         memory, lengths = model.encode_features(features, frames)
         pieces = [data.tokeniser.pieces[t] for t in tokens]
@@ -76,7 +89,7 @@ def analyse(task: SpeechToText, count: int) -> tuple[dict[str, float], Picture |
                 values.setdefault(f"timestamp_{name}_ms", []).extend(1000 * errors)
                 values.setdefault(f"timestamp_{name}_within_100ms", []).extend(errors <= 0.1)
         attention = _explain(model, tokens, features, memory, lengths, values)
-        if i == 0:
+        if picture is None:
             picture = Picture(
                 utterance.text,
                 features[0].cpu().numpy(),

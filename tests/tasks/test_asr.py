@@ -123,6 +123,48 @@ def test_empty_batch_is_harmless(tones):
     assert not task.examples and all(not m.update_called for m in metrics.values())
 
 
+@pytest.fixture
+def damaged(tones, monkeypatch):
+    """The first training and the first test recording cannot be read, as headers alone do not tell."""
+    whole, bad = tones.samples, {tones.split("train")[0].id, tones.split("test")[0].id}
+
+    def samples(utterance):
+        if utterance.id in bad:
+            raise DataError(f"{utterance.id} holds NaN or infinite samples")
+        return whole(utterance)
+
+    monkeypatch.setattr(tones, "samples", samples)
+    return tones
+
+
+def test_unusable_recordings_end_neither_statistics_nor_analysis(damaged):
+    options = {"statistics_utterances": 4, "analysis_utterances": 3}
+    task = make(damaged, normalise="global", task_options=options).eval()
+    assert float(task.model.front.std.max()) != 1.0
+    with torch.no_grad():
+        for batch in damaged.test_dataloader():
+            task.test_step(batch, 0)
+    assert np.isfinite(task.compute_metrics("test")["timestamp_ctc_ms"])
+    assert task.picture.text == damaged.split("test")[1].text
+    assert damaged.split("test")[0].id in damaged.skipped
+
+
+def test_texts_that_ctc_cannot_write_are_counted(tones):
+    """More labels, and blanks between equal ones, than frames: CTC's loss is zero there, which would look like success."""
+    from tasks.asr import too_long_for_ctc
+
+    tokens = torch.tensor([[3, 4, 5, 0], [3, 3, 3, 0], [3, 4, 5, 6], [3, 0, 0, 0]])
+    count, frames = torch.tensor([3, 3, 4, 1]), torch.tensor([3, 4, 3, 1])
+    assert too_long_for_ctc(tokens, count, frames).tolist() == [False, True, True, False]
+    assert too_long_for_ctc(tokens[:, :0], 0 * count, frames).tolist() == [False] * 4
+    task, logged = make(tones, subsampling=8).train(), {}
+    for batch in tones.train_dataloader():
+        task.losses(batch)
+    task.log = lambda name, value: logged.update({name: value})
+    task.on_train_epoch_end()
+    assert 0 < logged["train/too_long_for_ctc"] < 1 and not task._padding
+
+
 def test_metrics_are_corpus_level(tones):
     """Rates over the whole split do not depend on the batches it comes in."""
     from data.speech_baselines import error_rates
