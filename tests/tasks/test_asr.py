@@ -157,7 +157,7 @@ def test_texts_that_ctc_cannot_write_are_counted(tones):
     count, frames = torch.tensor([3, 3, 4, 1]), torch.tensor([3, 4, 3, 1])
     assert too_long_for_ctc(tokens, count, frames).tolist() == [False, True, True, False]
     assert too_long_for_ctc(tokens[:, :0], 0 * count, frames).tolist() == [False] * 4
-    task, logged = make(tones, subsampling=8).train(), {}
+    task, logged = make(tones, subsampling=8, hop_ms=13.0).train(), {}
     for batch in tones.train_dataloader():
         task.losses(batch)
     task.log = lambda name, value: logged.update({name: value})
