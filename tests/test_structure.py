@@ -87,6 +87,17 @@ def test_readme_tables_are_current():
     assert render(text) == text, "run: python -m zoo docs"
 
 
+def test_the_table_of_mechanisms_has_state_and_cost():
+    from zoo.cli.list import HEAD, capability_rows
+
+    rows = {row[0]: dict(zip(HEAD, row, strict=True)) for row in capability_rows()}
+    assert rows["softmax"]["state"] == f"{2 * 64 * 1024:,}, grows"
+    assert rows["linear"]["state"] == f"{4 * 16 * 17:,}, constant" and rows["clear"]["state"] == ""
+    cost = {name: float(row["MFLOPs"]) for name, row in rows.items()}
+    assert cost["softmax"] == pytest.approx((1024 * 64 * 64 * 8 + 1024**2 * 64 * 4) / 1e6, abs=0.1)
+    assert 0 < cost["none"] < cost["linear"] < cost["sqa"] < cost["softmax"]
+
+
 def test_task_pages_are_current():
     from zoo.cli.task_pages import task_pages
 

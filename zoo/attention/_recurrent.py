@@ -41,6 +41,7 @@ class RecurrentAttention(Attention):
         normalizer: As in the kernel, for those that divide.
     """
 
+    key_side = ("k", "v", "strength", "decay", "gate_map")
     scan: Any
     normalizer: str | None = None
 

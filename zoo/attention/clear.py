@@ -3,8 +3,8 @@
 Paper: CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up, arXiv:2412.16112. Token i of an image sees token j if
 ``dx^2 + dy^2 < radius^2`` on the grid; tokens without a place (text in the paper, class token and registers here: `grid.prefix`)
 see all and are seen by all. The disc is cut at the border, not shifted.
-Differs from the paper in: nothing known; the window rule was read in the abstract only. Radii there are 8 to 32 on grids of 64 to 512;
-the default suits grids of 8 to 14.
+Differs from the official code in: no pooled keys and values (its down-sampled form), no scale that grows with the number of keys; sequences
+and volumes are left to `neighborhood`. Radii there are 8 to 32 on grids of 64 to 512; the default suits grids of 8 to 14.
 """
 
 from __future__ import annotations

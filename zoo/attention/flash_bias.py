@@ -42,6 +42,8 @@ class FlashBiasAttention(Attention):
         hidden: Width of the hidden layer of the learned factors; None for twice their width.
     """
 
+    key_side = ("k", "v", "factor_k")
+
     def __init__(
         self,
         dim: int,
@@ -213,11 +215,7 @@ class FlashBiasAttention(Attention):
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         d = self.head_dim + self.rank
         cost = kernel.cost(1, self.num_heads, n, m, d, self.value_head_dim, causal=self.causal)
-        extra = 0.0
-        if self.factors == "learned":
-            sides = ((n, self.factor_q), (m, self.factor_k))
-            extra = sum(2.0 * t * (f.up.weight.numel() + f.down.weight.numel()) for t, f in sides)
-        return cost.flops + extra, cost.bytes
+        return cost.flops, cost.bytes
 
 
 class Factor(nn.Module):

@@ -117,6 +117,11 @@ class NsaAttention(Attention):
         """Keys or values of each branch: compressed, selected[, window]."""
         return (t,) * self.branches if self.shared_kv else t.chunk(self.branches, 1)
 
+    def _count(self, m: int) -> int:
+        """Compressed blocks of m tokens."""
+        rest = m - self.block
+        return max(0, rest // self.stride + 1) if self.causal else 1 + max(0, -(-rest // self.stride))
+
     def _compress(
         self, k: Tensor, v: Tensor, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,7 +131,7 @@ class NsaAttention(Attention):
         a kept token that the block before it lacks: every kept token is covered, and padding equals deletion.
         """
         m, l, d = k.shape[2], self.block, self.stride
-        count = max(0, (m - l) // d + 1) if self.causal else 1 + max(0, -(-(m - l) // d))
+        count = self._count(m)
         end = (count - 1) * d + l
         if count == 0 or m == 0:
             return k[:, :, :0], v[:, :, :0], None
@@ -303,9 +308,13 @@ class NsaAttention(Attention):
             tokens += min(m, self.window) + min(m, self.block)
         return tokens * self.groups * (self.head_dim + self.value_head_dim)
 
+    def linear_rows(self, child: str, n: int, m: int) -> int:
+        return (
+            self.groups * self._count(m) if child.startswith("compress") else super().linear_rows(child, n, m)
+        )
+
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
-        d, e, h = self.head_dim, self.value_head_dim, self.num_heads
-        blocks = max(1, -(-(m - self.block) // self.stride) + 1)
+        d, e, h, blocks = self.head_dim, self.value_head_dim, self.num_heads, self._count(m)
         keys = min(m, self.num_selected * self.select_block)
         keys += min(m, self.window) if self.branches == 3 else 0
         share = 0.5 if self.causal else 1.0
@@ -349,6 +358,5 @@ class Compress(nn.Module):
         return self.down(nn.functional.gelu(self.up(x.flatten(-2))))
 
     def flops(self) -> float:
-        if self.kind == "mean":
-            return float(self.block * self.width)
-        return 2.0 * (self.block * self.width * self.hidden + self.hidden * self.width)
+        """Of one block, linear layers left out."""
+        return float(self.block * self.width) if self.kind == "mean" else 0.0

@@ -150,9 +150,12 @@ class PpmaAttention(Attention):
             out = out.masked_fill(~key_mask[..., None], 0.0)
         return split_heads(out, self.num_heads)
 
+    def linear_rows(self, child: str, n: int, m: int) -> int:
+        return n * self.num_heads if child == "step_size" else super().linear_rows(child, n, m)
+
     def attend_cost(self, n: int, m: int) -> tuple[float, float]:
         h, d, e = self.num_heads, self.head_dim, self.value_head_dim
-        extra = 4.0 * n * self.dim + (0 if self.lepe is None else 50.0 * n * h * e)
+        extra = 0.0 if self.lepe is None else 50.0 * n * h * e
         if self.mode == "axial":
             lines = sum(self.grid.shape)
             return 2 * h * n * lines * 2.0 * (d + e) + extra, 4.0 * h * n * (2 * (d + e) + lines)

@@ -6,9 +6,10 @@ import argparse
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
-from zoo.attention.base import Pattern
-from zoo.attention.registry import get_attention, list_attention
+from zoo.attention.base import Attention, Grid, Pattern
+from zoo.attention.registry import create_attention, get_attention, list_attention
 
 CONF = Path(__file__).parents[2] / "conf"
 HEAD = [
@@ -24,9 +25,11 @@ HEAD = [
     "step",
     "2nd derivative",
     "map",
-    "decoding state",
+    "state",
+    "MFLOPs",
     "paper",
 ]
+WIDTH, HEADS, SIDE = 64, 4, 32  # of the module whose state and cost are listed; it gets SIDE^2 tokens
 
 
 def capability_rows() -> list[list[str]]:
@@ -49,20 +52,26 @@ def capability_rows() -> list[list[str]]:
                 "yes" if can.streaming else "",
                 "yes" if can.double_backward else "",
                 ("signed" if can.signed_map else "yes") if can.has_map else "",
-                state_growth(name) if can.streaming else "",
+                decoding_state(name) if can.streaming else "",
+                f"{_module(name, Pattern.SELF).cost(SIDE**2).flops / 1e6:.1f}",
                 paper(name),
             ]
         )
     return rows
 
 
-def state_growth(name: str) -> str:
-    """Whether the decoding state grows with the tokens: "constant" or "per token"."""
-    from zoo.attention.registry import create_attention
+def _module(name: str, pattern: Pattern) -> Attention:
+    can = get_attention(name).capabilities
+    geometry: dict[str, Any] = {"length": SIDE**2} if can.fixed_length else {}
+    geometry |= {"grid": Grid((SIDE, SIDE))} if can.needs_grid else {}
+    return create_attention(name, WIDTH, HEADS, pattern=pattern, **geometry)
 
-    geometry = {"length": 64} if get_attention(name).capabilities.fixed_length else {}
-    module = create_attention(name, 32, 2, pattern=Pattern.CAUSAL_SELF, **geometry)
-    return "constant" if module.state_size(4096) == module.state_size(8192) else "per token"
+
+def decoding_state(name: str) -> str:
+    """Numbers kept after all tokens, and whether twice as many tokens need more."""
+    module = _module(name, Pattern.CAUSAL_SELF)
+    size, twice = (module.state_size(n * SIDE**2) for n in (1, 2))
+    return f"{size:,}, {'constant' if size == twice else 'grows'}"
 
 
 def paper(name: str) -> str:
