@@ -1,4 +1,4 @@
-"""200 greedy tokens of one utterance: states against recomputation, and transformers' Whisper with its cache.
+"""200 greedy tokens of an utterance: states against recomputation, and transformers' Whisper with its cache.
 
 Configuration of `zoo.bench.peers_asr`; the encoder's output is given and the end token ignored.
 """
@@ -19,10 +19,10 @@ TOKENS = 200
 MODE = f"decoding of {TOKENS} tokens"
 
 
-def contestants(attention: str) -> Contestants:
-    """Ours step by step, ours recomputing the prefix for each token, Whisper."""
+def contestants(attention: str, batch: int = 1) -> Contestants:
+    """Ours step by step, ours recomputing the prefix for each token, Whisper, on `batch` utterances at once."""
     model, peer = build(attention).eval(), whisper().eval()
-    memory = torch.randn(1, FRAMES // 2, DIM, generator=torch.Generator().manual_seed(0))
+    memory = torch.randn(batch, FRAMES // 2, DIM, generator=torch.Generator().manual_seed(0))
     return {
         f"zoo aed ({attention}), states": stepwise(model, memory),
         f"zoo aed ({attention}), recomputed": recomputed(model, memory),

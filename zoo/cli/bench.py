@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
         help="operations by length, their memory, variants by pattern and length, kinds of masks, attention over ever more sensors, or peak "
         "memory of heavy cases",
     )
-    parser.add_argument("--task", help="training step of this task beside its peer; asr_decode: decoding")
+    parser.add_argument(
+        "--task", help="training step of this task beside its peer; asr_decode, asr_decode_batch: decoding"
+    )
     parser.add_argument("--attention", default="softmax", help="variant in our model")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; each benchmark has its own")
     parser.add_argument("--only", nargs="+", help="names of operations, variants, masks or memory cases")
