@@ -122,10 +122,13 @@ class ZooTask(L.LightningModule):
         """Predict one batch and update `metrics`; may keep what figures need when split == "test"."""
         raise NotImplementedError
 
-    def figures(self, folder: Path) -> list[Path]:
-        """Draw what the task's users look at, after the test; returns the files written.
+    def gather(self) -> None:
+        """Bring what `figures` shows of the test set together, `of_all_processes`; every process is asked."""
 
-        Every process is asked: what the whole test set is to show comes `of_all_processes`.
+    def figures(self, folder: Path) -> list[Path]:
+        """Draw what the task's users look at, after the test and `gather`; returns the files written.
+
+        The first process alone is asked: a drawing that waits for the others waits for ever.
         """
         return []
 

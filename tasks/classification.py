@@ -37,6 +37,7 @@ class Classification(ZooTask):
         super().__init__(model, data, **common)
         self.label_smoothing = label_smoothing
         self.confusion = MulticlassConfusionMatrix(self.classes)
+        self._counts: Tensor | None = None  # [true, predicted] classes of the test set, once gathered
         self._wrong: list[tuple[float, Tensor, int, int]] = []
 
     @classmethod
@@ -87,13 +88,17 @@ class Classification(ZooTask):
         height, width = self.data.image_size
         return (torch.zeros(1, self.data.in_channels, height, width),), {}
 
+    def gather(self) -> None:
+        self._counts = self.confusion.compute()
+        self._wrong = _surest(of_all_processes(self._wrong))
+
     def figures(self, folder: Path) -> list[Path]:
         """Confusion matrix and the wrong answers given with most confidence."""
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
         names = self.data.labels
-        counts = self.confusion.compute().cpu().numpy()
+        counts = self._counts.cpu().numpy()
         figure = Figure(figsize=(6, 5), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
@@ -108,11 +113,11 @@ class Classification(ZooTask):
         written = [folder / "confusion_matrix.png"]
         figure.savefig(written[0], dpi=130)
 
-        if wrong := _surest(of_all_processes(self._wrong)):
+        if self._wrong:
             figure = Figure(figsize=(8, 8.4), layout="constrained")
             figure.suptitle("Misclassified test images, most confident first: true → predicted (confidence)")
             for axes, (confidence, picture, label, predicted) in zip(
-                figure.subplots(5, 5).flat, wrong, strict=False
+                figure.subplots(5, 5).flat, self._wrong, strict=False
             ):
                 pixels = picture - picture.min()
                 pixels = (pixels / pixels.max().clamp(min=1e-6)).permute(1, 2, 0).squeeze(-1)

@@ -194,14 +194,17 @@ class ClickThrough(ZooTask):
         history = torch.ones(1, self.data.max_length, dtype=torch.long)
         return (one, one, history, history), {}
 
+    def gather(self) -> None:
+        self._kept = {name: of_all_processes(parts) for name, parts in self._kept.items()}
+
     def figures(self, folder: Path) -> list[Path]:
         """Calibration, and what the search scores make of truly relevant behaviours."""
-        if not self._kept["logit"]:
+        kept = self._kept
+        if not kept["logit"]:
             return []
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: of_all_processes(parts) for name, parts in self._kept.items()}
         chance, label = torch.cat(kept["logit"]).sigmoid(), torch.cat(kept["label"])
         edges = torch.from_numpy(np.quantile(chance.numpy(), np.linspace(0, 1, 16))).to(chance).unique()
         group = torch.bucketize(chance, edges[1:-1]) if len(edges) > 2 else torch.zeros_like(chance).long()

@@ -60,6 +60,9 @@ class Recall(ZooTask):
         """Numbers kept after a whole sequence, over all layers."""
         return sum(block.attn.state_size(self.data.length) for block in self.model.blocks)
 
+    def gather(self) -> None:
+        self._tested = of_all_processes(self._tested)
+
     def figures(self, folder: Path) -> list[Path]:
         """Accuracy by distance between a key's two places."""
         from matplotlib.figure import Figure
@@ -67,7 +70,7 @@ class Recall(ZooTask):
         if not self._tested:
             return []
         folder.mkdir(parents=True, exist_ok=True)
-        distance, hit = (torch.cat(column) for column in zip(*of_all_processes(self._tested), strict=True))
+        distance, hit = (torch.cat(column) for column in zip(*self._tested, strict=True))
         edges = torch.linspace(float(distance.min()), float(distance.max()) + 1, 13)
         place = torch.bucketize(distance.float(), edges, right=True) - 1
         count = torch.bincount(place, minlength=12)[:12]

@@ -146,6 +146,9 @@ class Recommendation(ZooTask):
         items = torch.ones(1, self.data.max_length, dtype=torch.long)
         return (items, torch.zeros(1, self.data.max_length)), {}
 
+    def gather(self) -> None:
+        self._tested = of_all_processes(self._tested)
+
     def figures(self, folder: Path) -> list[Path]:
         """Where the right item ranks, who is served well, and which items are ever shown."""
         if not self._tested:
@@ -153,8 +156,7 @@ class Recommendation(ZooTask):
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        tested = of_all_processes(self._tested)
-        ranks, targets, lengths, top = (torch.cat(column) for column in zip(*tested, strict=True))
+        ranks, targets, lengths, top = (torch.cat(column) for column in zip(*self._tested, strict=True))
         ranks, counts = ranks.float(), self.train_counts.cpu()
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         left, middle, right = figure.subplots(1, 3)

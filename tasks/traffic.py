@@ -56,6 +56,7 @@ class Traffic(ZooTask):
         # A constant that brings the loss near one, so that gradient clipping means the same on every data set.
         self.loss_unit = float(np.mean(data.std))
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._starts = np.empty(0)  # first step of each window of `_kept`, once gathered
 
     @classmethod
     def model_arguments(cls, data: Any) -> dict[str, Any]:
@@ -121,19 +122,20 @@ class Traffic(ZooTask):
     def card(self) -> dict[str, Any]:
         return {"nonnegative": self.nonnegative, "slots_per_day": self.data.series.slots_per_day}
 
+    def gather(self) -> None:
+        own = self.data.starts["test"][self.data.test_dataloader().sampler.order()]
+        own = own[: sum(len(forecast) for forecast, _, _ in self._kept)]
+        self._starts = np.concatenate(of_all_processes([own]))
+        self._kept = of_all_processes(self._kept)
+
     def figures(self, folder: Path) -> list[Path]:
         from tasks._traffic_figures import draw
 
         if not self._kept:
             return []
-        own = self.data.starts["test"][self.data.test_dataloader().sampler.order()]
-        own = own[: sum(len(forecast) for forecast, _, _ in self._kept)]
-        starts = np.concatenate(of_all_processes([own]))
-        order = np.argsort(starts)
-        columns = zip(*of_all_processes(self._kept), strict=True)
-        return draw(
-            folder, self.model, self.data, starts[order], *(torch.cat(c).numpy()[order] for c in columns)
-        )
+        order = np.argsort(self._starts)
+        columns = (torch.cat(column).numpy()[order] for column in zip(*self._kept, strict=True))
+        return draw(folder, self.model, self.data, self._starts[order], *columns)
 
 
 def masked_mae(forecast: Tensor, target: Tensor, seen: Tensor) -> Tensor:

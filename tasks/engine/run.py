@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +67,13 @@ def run(cfg: DictConfig, folder: Path, search: dict[str, Any] | None = None) -> 
         if best.exists() and not cfg.trainer.fast_dev_run:
             load_best(task, best)
         trainer.test(task, datamodule=fitted.data, verbose=False)
-        make_whole(task)
-        # Every process draws: figures may gather metrics from all of them.
-        with tempfile.TemporaryDirectory() as elsewhere:
-            figures = draw(task, folder / "figures" if trainer.is_global_zero else Path(elsewhere))
+        # What needs every process comes first; a figure that fails then fails in the first one alone.
+        task.gather()
         tensors = whole_state(task.model)
+        make_whole(task)
         if not trainer.is_global_zero:
             return {}
+        figures = draw(task, folder / "figures")
         return finish(fitted, folder, figures, tensors, search)
 
 

@@ -1,13 +1,17 @@
 """Every attention variant trains in the vision transformer, or says why not."""
 
 import math
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from tasks.engine.cli import CONF
+from tests.commands import forked
 from zoo.attention import list_attention
 from zoo.errors import ZooError
 
@@ -88,3 +92,36 @@ def test_ema_weights_differ_and_a_decay_of_zero_is_the_live_model(tmp_path):
             for a, p in zip(average.average, task.model.parameters(), strict=True)
         )
         assert (distance < 1e-6) == (decay == 0.0)
+
+
+def test_a_figure_that_fails_in_one_of_two_processes_holds_up_nobody(tmp_path, monkeypatch):
+    """What figures show is gathered before; the first process alone draws, and its failure is its own."""
+    from matplotlib.figure import Figure
+
+    from tasks.engine import run as engine
+
+    def broken(*args, **options):
+        raise OSError("no font")
+
+    task, data = build("softmax")
+    task.eval()
+    batches = list(data.test_dataloader())[:2]
+
+    @torch.no_grad()
+    def one_of_two(rank):
+        os.environ["RANK"] = str(rank)
+        test = lambda *_, **__: task.update_metrics(batches[rank], task.metrics["test"], "test")
+        trainer = SimpleNamespace(is_global_zero=rank == 0, test=test)
+        fitted = SimpleNamespace(task=task, data=None, trainer=trainer)
+        monkeypatch.setattr(engine, "train", lambda *_: fitted)
+        monkeypatch.setattr(engine, "finish", lambda fitted, folder, figures, *_: {"figures": figures})
+        cfg = OmegaConf.create({"trainer": {"fast_dev_run": False}})
+        if rank:
+            assert engine.run(cfg, tmp_path / "run") == {}  # a warning would be an error here
+            return
+        monkeypatch.setattr(Figure, "savefig", broken)
+        with pytest.warns(UserWarning, match="could not be drawn .*no font"):
+            assert engine.run(cfg, tmp_path / "run") == {"figures": []}
+        assert task._counts.sum() == sum(len(batch["label"]) for batch in batches)
+
+    assert forked(one_of_two, 2, tmp_path) == [0, 0]

@@ -87,6 +87,7 @@ def test_figures_of_two_processes_show_every_window_in_order(roads, tmp_path, mo
         with torch.no_grad():
             for batch in roads.test_dataloader():
                 task.update_metrics(batch, task.metrics["test"], "test")
+        task.gather()
         task.figures(tmp_path)
 
     def one_of_two(rank):
