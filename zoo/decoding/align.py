@@ -16,7 +16,6 @@ from torch import Tensor
 
 from zoo.decoding.ctc import forced_alignment
 from zoo.errors import ConfigError
-from zoo.layers.audio import length_mask
 from zoo.models._speech import BOS, SpeechModel
 
 
@@ -192,8 +191,3 @@ def pearson(a: Tensor, b: Tensor) -> float:
     a, b = a.double().flatten() - a.double().mean(), b.double().flatten() - b.double().mean()
     norm = a.norm() * b.norm()
     return float((a * b).sum() / norm) if norm > 0 else 0.0
-
-
-def aggregate_maps(maps: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over blocks and heads of [blocks, B, H, L, M], padding zeroed: [B, L, M]."""
-    return maps.mean((0, 2)) * length_mask(lengths, maps.shape[-1])[:, None]
