@@ -1,6 +1,5 @@
 """SASRec, BERT4Rec and HSTU: padding, causality, user states, serving."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from zoo.bench.peers_recommendation import windows
 from zoo.bench.peers_recommendation_epoch import prefixes
 from zoo.errors import ConfigError, ZooError
 from zoo.models.registry import build_model, model_slots
-from zoo.predict._serving import UserState, blocked_top_k, export_recommender, pad_left
+from zoo.predict._serving import blocked_top_k, pad_left
 
 NEXT = ("sasrec", "hstu")
 MODELS = (*NEXT, "bert4rec")
@@ -98,21 +97,17 @@ def test_scores_are_inner_products_with_the_input_table(name: str) -> None:
 @torch.no_grad()
 def test_user_state_equals_the_whole_history(attention: str, position: str) -> None:
     model = make("sasrec", attention, position=position)
-    history = torch.randint(1, 31, (11,)).tolist()
-    state = UserState(model)
-    assert state.incremental
-    for count, item in enumerate(history, 1):
-        full = model.user_vector(torch.tensor([history[:count][-8:]]))
-        torch.testing.assert_close(state.update(item), full, atol=2e-5, rtol=1e-4)
+    histories = torch.randint(1, 31, (2, 11))
+    state = model.init_state(2)
+    for count, items in enumerate(histories.unbind(1), 1):
+        users, state = model.step(items, state)
+        full = model.user_vector(histories[:, :count][:, -8:])
+        torch.testing.assert_close(users, full, atol=2e-5, rtol=1e-4)
 
 
-def test_user_state_without_a_step_form_keeps_the_items() -> None:
-    model = make("sasrec", position="recency")
-    state = UserState(model, [1, 2, 3])
-    assert not state.incremental
-    torch.testing.assert_close(state.update(4), model.user_vector(torch.tensor([[1, 2, 3, 4]])))
+def test_positions_that_shift_with_every_event_have_no_user_state() -> None:
     with pytest.raises(ConfigError, match="model.position=order"):
-        model.init_state(1)
+        make("sasrec", position="recency").init_state(1)
 
 
 @pytest.mark.parametrize("block", [1, 7, 100])
@@ -130,19 +125,6 @@ def test_blocked_top_k_equals_a_full_sort(block: int) -> None:
 def test_blocked_top_k_refuses_impossible_lengths() -> None:
     with pytest.raises(ConfigError, match="between 1 and the 3 items"):
         blocked_top_k(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(3), 4)
-
-
-def test_exported_parts_give_the_same_ranking(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    model = make("sasrec")
-    paths = export_recommender(model, {"preprocessing": {"items": []}}, tmp_path)
-    encoder = torch.export.load(paths["user_encoder.pt2"]).module()
-    parts = load_file(paths["items.safetensors"])
-    items = pad_left([[5, 6]], 8)
-    users = encoder(items, torch.zeros(items.shape))
-    torch.testing.assert_close(users, model.user_vector(items))
-    torch.testing.assert_close(users @ parts["table"].T + parts["bias"], model.scores(users))
 
 
 def test_wrong_settings_name_the_rule() -> None:
