@@ -1,6 +1,7 @@
-"""Scans against the naive references of fla-core (Songlin Yang, Yu Zhang et al.), a development dependency.
+"""Scans, and softmax attention with sinks, against the naive references of fla-core, a development dependency.
 
-Its files are loaded one by one: importing the package needs a GPU. Tensors there are [B, T, H, D]; queries are scaled inside.
+By Songlin Yang, Yu Zhang et al. Its files are loaded one by one: importing the package needs a GPU. Tensors there are [B, T, H, D]; queries
+are scaled inside.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import softmax
 from kernels.decay import decay_scan
 from kernels.delta import delta_scan
 from kernels.linear import linear_attention
@@ -93,6 +95,24 @@ def test_causal_linear_attention():
     gen = torch.Generator().manual_seed(0)
     leaves = [torch.randn(1, 2, 128, 16, generator=gen).requires_grad_() for _ in range(3)]
     near_all(linear_attention(*leaves, causal=True), scans.peers()["fla linear"](*leaves), leaves)
+
+
+@pytest.mark.parametrize("reference", ["naive_parallel_based", "naive_chunk_based"])
+def test_based(reference):
+    q, k, v, _, _ = make(n=32)
+    options = {"chunk_size": 8} if "chunk" in reference else {}
+    want = naive("based", reference)(q, k, v, **options)
+    near(linear_attention(q * 6**-0.25, k * 6**-0.25, v, feature="taylor2", causal=True), want)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_with_sinks_and_groups(window):
+    q, k, v, _, _ = make()
+    q, sink = torch.cat((q, -2 * q), 1), torch.tensor([-1.0, 0.0, 3.0, 0.5, 0.0, 8.0])
+    want = naive("attn", "naive_parallel_attn")(t(q), t(k), t(v), window_size=window, sink_bias=sink)[0]
+    band = None if window is None else (window - 1, 0)
+    found = softmax.attention(q, k, v, causal=True, window=band, return_lse=True)
+    near(softmax.apply_sink(*found, sink[:, None])[0], t(want))
 
 
 def near_all(have, want, leaves):
