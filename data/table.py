@@ -14,7 +14,7 @@ from data.base import SPLITS, DataError
 from data.tabular_table import TabularData
 from zoo.errors import closest
 from zoo.files import read_arrays
-from zoo.tabular.schema import MISSING_WORDS, check_columns, is_missing, read_table
+from zoo.tabular.columns import MISSING_WORDS, check_columns, is_missing, read_table
 
 if TYPE_CHECKING:
     import pandas as pd

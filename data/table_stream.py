@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from data import carriers, register_data, tabular_baselines
 from data.base import SPLITS, DataError, SplitDataset, check_at_least
 from data.tabular_table import TabularData, _Batches
+from zoo.tabular.columns import MISSING_WORDS, check_columns
 from zoo.tabular.preprocess import Preprocessor
-from zoo.tabular.schema import MISSING_WORDS, check_columns, infer_schema
+from zoo.tabular.schema import infer_schema
 
 if TYPE_CHECKING:
     import pandas as pd

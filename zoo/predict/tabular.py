@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zoo.errors import DataError
 from zoo.predict import Predictor
+from zoo.tabular.columns import read_table
 from zoo.tabular.outputs import readings
 from zoo.tabular.preprocess import Preprocessor
-from zoo.tabular.schema import read_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from torch import Tensor
 from zoo.errors import DataError
 from zoo.predict import Predictor
 from zoo.predict.tabular import SUFFIXES
-from zoo.tabular.schema import as_numbers, read_table
+from zoo.tabular.columns import as_numbers, read_table
 
 
 class TaskPredictor(Predictor):

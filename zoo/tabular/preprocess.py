@@ -9,7 +9,8 @@ import numpy as np
 
 from zoo.errors import ConfigError, DataError
 from zoo.tabular.bins import bin_edges
-from zoo.tabular.schema import Schema, as_numbers, as_words, check_columns
+from zoo.tabular.columns import as_numbers, as_words, check_columns
+from zoo.tabular.schema import Schema
 
 if TYPE_CHECKING:
     import pandas as pd
