@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, unknown
 from zoo.pretrained.weights import load_model, sha256
 from zoo.programs.compare import ExportError, compare, first_line, quiet
-from zoo.programs.parts import BATCH, Part, parts_of
+from zoo.programs.forms import parts_of
+from zoo.programs.parts import BATCH, Part
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
 TOLERANCE = 1e-4
