@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from data.errors import DataError
 from data.problems.base import DIVERGENCE, LAPLACIAN, Condition, Problem, navier_stokes, positive
@@ -31,16 +33,8 @@ def read_wake(path: str | Path) -> dict[str, np.ndarray]:
         raise DataError(f"no file {path}; set data.physics.path to your cylinder_nektar_wake.mat")
     names = ("X_star", "t", "U_star", "p_star")
     try:
-        from scipy.io import loadmat
-
-        raw = loadmat(path)
-        arrays = {k: np.asarray(raw[k], float) for k in names if k in raw}
-    except NotImplementedError:  # MATLAB 7.3 is HDF5, with axes reversed
-        import h5py
-
-        with h5py.File(path) as file:
-            arrays = {k: np.asarray(file[k], float).T for k in names if k in file}
-    except (ValueError, OSError) as error:
+        arrays = _arrays(path, names)
+    except (ValueError, TypeError, IndexError, EOFError, OSError, MatReadError) as error:
         raise DataError(f"{path} is no MATLAB file ({error}); expected {_LAYOUT}") from error
     missing = [k for k in names if k not in arrays]
     if missing:
@@ -54,7 +48,23 @@ def read_wake(path: str | Path) -> dict[str, np.ndarray]:
             )
         if not np.isfinite(arrays[key]).all():
             raise DataError(f"{path}: {key} holds values that are not finite")
+    if points < 1 or times < 2:
+        raise DataError(
+            f"{path} has {points} points and {times} times; give at least one point and two times"
+        )
     return arrays | {"t": arrays["t"].ravel()}
+
+
+def _arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that the file has."""
+    try:
+        raw = loadmat(path)
+        return {k: np.asarray(raw[k], float) for k in names if k in raw}
+    except NotImplementedError:  # MATLAB 7.3 is HDF5, with axes reversed
+        import h5py
+
+        with h5py.File(path) as file:
+            return {k: np.asarray(file[k], float).T for k in names if k in file}
 
 
 class Cylinder(Problem):

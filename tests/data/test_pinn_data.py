@@ -1,5 +1,6 @@
 """Problems: references solve their own equations; points are reproducible; bad input is refused with a way out."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from data import create_data
 from data.errors import DataError
 from data.pinn import sample_box
 from data.problems import create_problem, list_problems
+from data.problems.cylinder import read_wake
 from data.problems.solvers import cavity_flow, periodic_flow
 from zoo.layers.derivatives import derivatives, differentiate
 
@@ -103,6 +105,7 @@ def test_points_are_a_function_of_seed_and_step():
 def test_wake_file(tmp_path):
     x = np.random.default_rng(0).uniform([1, -2], [8, 2], (30, 2))
     t = np.linspace(0, 1.9, 20)[:, None]
+    head = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
     wake = {"X_star": x, "t": t, "U_star": np.random.rand(30, 2, 20), "p_star": np.random.rand(30, 20)}
     savemat(tmp_path / "wake.mat", wake)
     problem = create_problem("cylinder", {"path": str(tmp_path / "wake.mat"), "measurements": 40})
@@ -111,12 +114,31 @@ def test_wake_file(tmp_path):
     row = int(np.abs(x - condition.points[0, :2].numpy()).sum(1).argmin())
     column = int(np.abs(t[:, 0] - condition.points[0, 2].item()).argmin())
     assert condition.values[0, 1].item() == pytest.approx(wake["U_star"][row, 1, column])
+    with h5py.File(
+        tmp_path / "new.mat", "w", userblock_size=512
+    ) as file:  # as MATLAB 7.3 writes it, axes reversed
+        for key, array in wake.items():
+            file[key] = array.T
+    with (tmp_path / "new.mat").open("r+b") as file:
+        file.write(head)
+    new = read_wake(tmp_path / "new.mat")
+    assert all(np.array_equal(new[key], problem.wake[key]) for key in wake)
     savemat(tmp_path / "turned.mat", {**wake, "U_star": wake["U_star"].transpose(1, 0, 2)})
     with pytest.raises(DataError, match=r"U_star is \[2, 30, 20\], expected \[30, 2, 20\]"):
         create_problem("cylinder", {"path": str(tmp_path / "turned.mat")})
     savemat(tmp_path / "other.mat", {"usol": x})
     with pytest.raises(DataError, match="has no X_star"):
         create_problem("cylinder", {"path": str(tmp_path / "other.mat")})
+    for damage in (b"", head[:100], head + 400 * b"0", b"neither of them"):
+        (tmp_path / "damaged.mat").write_bytes(damage)
+        with pytest.raises(DataError, match="is no MATLAB file"):
+            create_problem("cylinder", {"path": str(tmp_path / "damaged.mat")})
+    still = {"t": t[:1], "U_star": wake["U_star"][..., :1], "p_star": wake["p_star"][:, :1]}
+    none = {"X_star": x[:0], "U_star": wake["U_star"][:0], "p_star": wake["p_star"][:0]}
+    for few in (still, none):
+        savemat(tmp_path / "few.mat", wake | few)
+        with pytest.raises(DataError, match="at least one point and two times"):
+            create_problem("cylinder", {"path": str(tmp_path / "few.mat")})
 
 
 @pytest.mark.parametrize(
