@@ -83,13 +83,13 @@ def check_choices(arguments: list[str]) -> None:
         group = key.lstrip("+").split("@")[0]
         if group not in groups:
             continue
+        if value in ("null", "[]"):
+            raise ConfigError(f"{argument}: leave it out, or choose: python train.py --list {group}")
         if value.startswith("["):
             names = [name.strip(" []\"'") for name in value.split(",")]
             raise ConfigError(
                 f"{argument}: {group} takes one name; write {key}={names[0]}, or -m {key}={','.join(names)} for a run of each"
             )
-        if value == "null":
-            raise ConfigError(f"{argument}: leave it out, or choose: python train.py --list {group}")
 
 
 def explain(error: BaseException) -> int:
