@@ -282,6 +282,10 @@ class SpeechToText(ZooTask):
         count = 0 if tokens is None else tokens.shape[1]
         return sum(b.attn.state_size(count) + b.cross.state_size(places) for b in self.model.decoder)
 
+    def card(self) -> dict[str, Any]:
+        """Positions that the encoder got: "auto" depends on the variant."""
+        return {"position": self.model.position}
+
     def figures(self, folder: Path) -> list[Path]:
         """Log-mel picture, CTC posteriors and cross-attention of a test sentence; transcripts."""
         from tasks.asr_figures import draw

@@ -236,6 +236,23 @@ def test_relative_positions():
     assert twin.encoder[0].relative.attention is twin.encoder[0].attn
 
 
+@pytest.mark.parametrize("attention", list_attention(pattern="self", bias="full"))
+def test_relative_positions_in_every_variant_that_takes_them(attention):
+    """Made of plain queries and keys, whatever a variant appends to its own."""
+    slots = get_model("firered_aed").slots(**TINY)
+    if misfit(attention, slots["encoder"]) is not None:
+        pytest.skip(f"{attention} does not fit the encoder")
+    model = make("firered_aed", attention=attention, encoder_layers=1)
+    assert model.position == "rel"
+    memory, _ = model.encode(*sound(1600, 900))
+    assert bool(memory.isfinite().all())
+    block, x = model.encoder[0], torch.randn(1, 4, 32)
+    if attention == "flash_bias":
+        plain = make("firered_aed", encoder_layers=1).encoder[0]
+        plain.load_state_dict(block.state_dict(), strict=False)
+        torch.testing.assert_close(block.relative(x), plain.relative(x))
+
+
 def test_relative_falls_back_to_sine_by_variant():
     names = [n for n in list_attention(pattern="self") if get_attention(n).capabilities.bias != "full"]
     slot = get_model("firered_aed").slots()["encoder"]

@@ -72,6 +72,7 @@ def test_every_model_trains(tones, name):
     losses = train(task.train(), 12)
     assert losses[-1] < losses[0]
     assert ("cer_ctc" in task.make_metrics()) == (name != "ctc")
+    assert task.card()["position"] == ("rel" if name == "firered_aed" else "sine")
 
 
 @pytest.mark.slow

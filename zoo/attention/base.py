@@ -208,6 +208,10 @@ class Attention(ContractChecks):
             split_heads(v, self.kv_heads),
         )
 
+    def content(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain queries [B, H, N, D] and keys [B, Hk, M, D], which scores of position are made of; not scaled yet."""
+        return self.project(x, context, value)[:2]
+
     def attention_map(
         self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
     ) -> Tensor:

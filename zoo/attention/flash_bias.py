@@ -145,6 +145,9 @@ class FlashBiasAttention(Attention):
         q, k, v = super().project(x, context, value)
         return *self._extend(q, k, self._phi(x, context, start, grid or self.grid)), v
 
+    def content(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return super().project(x, context, value)[:2]
+
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         return self.attend(*self._project(x, context, value, grid=call.get("grid")), **call)
 

@@ -56,7 +56,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input of the attention [B, N, C] -> bias [B, H, N, N]."""
-        q, k, _ = self.attention.project(x, x, x)
+        q, k = self.attention.content(x, x, x)
         n, (heads, d) = x.shape[1], self.content_bias.shape
         if k.shape[1] != heads:
             k = k.repeat_interleave(heads // k.shape[1], dim=1)
