@@ -49,7 +49,7 @@ def block_scores(q: Tensor, k_cmp: Tensor, stencil: Tensor, visible: Tensor | No
 def _stencil_product(stencil: Tensor) -> Callable[[Tensor], Tensor]:
     """``p -> p @ stencil``; a selection block overlaps few of many compressed ones."""
     if not torch.compiler.is_compiling() and stencil.numel():
-        if torch.equal(stencil, torch.eye(*stencil.shape, device=stencil.device)):
+        if torch.equal(stencil, torch.eye(len(stencil), device=stencil.device)):
             return lambda p: p
         overlaps = int((stencil != 0).sum(0).max())
         if 16 * overlaps < stencil.shape[0]:

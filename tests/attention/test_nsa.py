@@ -28,9 +28,10 @@ def gates(which, branches, n=21):
     return F.one_hot(torch.tensor(which), branches).double().expand(2, 4, n, branches)
 
 
+@pytest.mark.parametrize("compress", [{}, {"compress_block": 4, "compress_stride": 4}])
 @pytest.mark.parametrize("pattern", ["self", "causal_self", "cross", "causal_cross"])
-def test_all_blocks_equal_softmax(pattern):
-    module = nsa(pattern, select_block=4, num_selected=6)
+def test_all_blocks_equal_softmax(pattern, compress):
+    module = nsa(pattern, select_block=4, num_selected=6, **compress)
     q, k, v = qkv(module.branches)
     have = module.attend(q, k, v, gates=gates(1, module.branches))
     want = dense.attention(q, k[:, 2:4], v[:, 2:4], causal=module.causal)

@@ -175,6 +175,16 @@ def test_refusals_name_the_rule(monkeypatch):
     assert selected.cost(1, 4, 64, 4, 8, 16).flops == 2 * 4 * 64 * 32 * 32
 
 
+def test_a_tail_without_compressed_block_scores_nothing():
+    """l = d = l' and a length that is no multiple: the last selection block overlaps no compressed one."""
+    stencil = selected.overlap_stencil(5, 6, 4, 4, 4, torch.device("cpu"))
+    q, k, _ = make(b=1, h=4, hk=2, n=21, m=5, d=6, e=6)
+    scores = selected.block_scores(q, k, stencil)
+    whole = selected.block_scores(q, k, stencil[:, :5])
+    assert scores.shape == (1, 2, 21, 6) and torch.equal(scores[..., :5], whole)
+    assert scores[..., 5].abs().max() == 0
+
+
 def test_agrees_with_flash_linear_attention(monkeypatch):
     """Its plain loops over queries, causal: the selected branch, and the compressed one with l = d."""
     pytest.importorskip("einops", reason="fla-core's naive forms need einops")
