@@ -59,6 +59,18 @@ def test_exact_factors_equal_their_formulas():
     assert (dense_of(wave, x)[0] - (wave.slope[:, None, None] * angle.cos()).sum(-1)).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("factors", ["distance", "cosine"])
+def test_places_of_a_padded_sequence_end_with_its_last_token(factors):
+    module = build("flash_bias", Pattern.SELF, factors=factors)
+    x, mask = torch.randn(3, 14, 16), torch.ones(3, 14, dtype=torch.bool)
+    mask[0, 9:] = mask[1, 1:] = False
+    whole, map_ = module(x, key_mask=mask), module.attention_map(x, key_mask=mask)
+    for b, length in enumerate((9, 1, 14)):
+        alone = x[b : b + 1, :length]
+        torch.testing.assert_close(whole[b : b + 1, :length], module(alone), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(map_[b : b + 1, :, :length, :length], module.attention_map(alone))
+
+
 def test_learned_factors_start_without_bias_and_learn():
     module = create_attention("flash_bias", 24, 4, pattern="self").double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)

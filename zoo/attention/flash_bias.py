@@ -88,18 +88,28 @@ class FlashBiasAttention(Attention):
 
     # ---------------------------------------------------------------- factors
 
-    def _place(self, start: int, tokens: int, grid: Grid | None, like: Tensor) -> Tensor:
-        """Coordinates [tokens, axes] in [-1, 1]; decoding has no last token, so causal places count in steps of 1/64."""
+    def _place(
+        self, start: int, tokens: int, grid: Grid | None, like: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        """Coordinates [B|1, 1, tokens, axes] in [-1, 1]; decoding has no last token, so causal places count in steps of 1/64."""
         if self.causal or grid is None:
             at = torch.arange(start, start + tokens, device=like.device)[:, None].to(like.dtype)
-            return at / 64 if self.causal else 2 * at / max(tokens - 1, 1) - 1
+            if self.causal:
+                return (at / 64)[None, None]
+            last = at.new_full((1,), tokens - 1) if key_mask is None else (at[:, 0] * key_mask).amax(1)
+            return 2 * at / last.clamp(min=1)[:, None, None, None] - 1
         places = local.grid_positions(grid.shape, grid.prefix, like.device).to(like.dtype)
         place = 2 * places / places.new_tensor([max(s - 1, 1) for s in grid.shape]) - 1
         place[: grid.prefix] = 0.0  # tokens without a place sit in the middle
-        return place
+        return place[None, None]
 
     def _phi(
-        self, x: Tensor, context: Tensor, start: int = 0, grid: Grid | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        start: int = 0,
+        grid: Grid | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """phi_q [B|1, H, N, R] and phi_k [B|1, H, M, R]."""
         if self.factors == "none":
@@ -110,22 +120,21 @@ class FlashBiasAttention(Attention):
                 f(t).unflatten(-1, (h, -1)).transpose(1, 2)
                 for f, t in ((self.factor_q, x), (self.factor_k, context))
             )
-        p = self._place(start, x.shape[1], grid, x)  # [N, A]
+        p = self._place(start, x.shape[1], grid, x, key_mask)  # [B|1, 1, N, A]
         if self.factors == "cosine":
-            angle = p[:, :1] * self.frequency  # [N, R/2]; on grids the first axis
+            angle = p[..., :1] * self.frequency  # [B|1, 1, N, R/2]; on grids the first axis
             cos, sin = angle.cos(), angle.sin()
             slope = self.slope[:, None]  # [H, 1, R/2]
-            return torch.cat((slope * cos, slope * sin), -1)[None], torch.cat((cos, sin), -1)[
-                None, None
-            ].expand(1, h, -1, -1)
-        slope, one = softplus(self.slope)[:, None, None], torch.ones_like(p[:, :1])
-        if self.factors == "alibi":
-            return (slope * torch.cat((p, one), -1))[None], torch.cat((-one, p), -1)[None, None].expand(
-                1, h, -1, -1
-            )
-        square = p.square().sum(-1, keepdim=True)
-        left = -slope * torch.cat((-2 * p, square, one), -1)
-        return left[None], torch.cat((p, one, square), -1)[None, None].expand(1, h, -1, -1)
+            left, right = torch.cat((slope * cos, slope * sin), -1), torch.cat((cos, sin), -1)
+        else:
+            slope, one = softplus(self.slope)[:, None, None], torch.ones_like(p[..., :1])
+            if self.factors == "alibi":
+                left, right = slope * torch.cat((p, one), -1), torch.cat((-one, p), -1)
+            else:
+                square = p.square().sum(-1, keepdim=True)
+                left = -slope * torch.cat((-2 * p, square, one), -1)
+                right = torch.cat((p, one, square), -1)
+        return left, right.expand(-1, h, -1, -1)
 
     def _extend(self, q: Tensor, k: Tensor, phi: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """[scale q | phi_q] and [k | phi_k]."""
@@ -139,23 +148,29 @@ class FlashBiasAttention(Attention):
         return self._project(x, context, value)
 
     def _project(
-        self, x: Tensor, context: Tensor, value: Tensor, start: int = 0, grid: Grid | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        value: Tensor,
+        start: int = 0,
+        grid: Grid | None = None,
+        key_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys with their extra channels."""
         q, k, v = super().project(x, context, value)
-        return *self._extend(q, k, self._phi(x, context, start, grid or self.grid)), v
+        return *self._extend(q, k, self._phi(x, context, start, grid or self.grid, key_mask)), v
 
     def content(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return super().project(x, context, value)[:2]
 
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
-        return self.attend(*self._project(x, context, value, grid=call.get("grid")), **call)
+        return self.attend(*self._project(x, context, value, **_layout(call)), **call)
 
     def attention_map(
         self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, **call: Any
     ) -> Tensor:
         context, value, call = self._check_call(x, context, value, **call)
-        q, k, _ = self._project(x, context, value, grid=call.get("grid"))  # places on the grid of this call
+        q, k, _ = self._project(x, context, value, **_layout(call))
         return self.weights(q, k, **call)
 
     def attend(
@@ -219,6 +234,11 @@ class FlashBiasAttention(Attention):
         d = self.head_dim + self.rank
         cost = kernel.cost(1, self.num_heads, n, m, d, self.value_head_dim, causal=self.causal)
         return cost.flops, cost.bytes
+
+
+def _layout(call: dict[str, Any]) -> dict[str, Any]:
+    """What places depend on: the grid of this call, and where a padded sequence ends."""
+    return {name: call.get(name) for name in ("grid", "key_mask")}
 
 
 class Factor(nn.Module):
