@@ -1,9 +1,10 @@
 """BLASST: which tiles it leaves out, and what that may change."""
 
 import torch
-from variants import make, qkv
+from variants import build, inputs, make, qkv
 
 from kernels import softmax as kernel
+from zoo.attention import Pattern
 
 
 def test_blasst_without_threshold_is_softmax_and_errors_stay_below_the_bound():
@@ -48,3 +49,15 @@ def test_blasst_row_blocks_and_tiles_by_a_loop(monkeypatch):
     assert (have - want).abs().max() < 1e-12
     monkeypatch.setitem(path.attention.__kwdefaults__, "block_elements", 1500)
     assert (kernel.attention(q, k, v, skip_threshold=factor, skip_tile=tile) - want).abs().max() < 1e-12
+
+
+def test_a_query_decides_for_itself_wherever_it_may_come_alone():
+    """Decoding gives one query at a time to causal and cross attention: those about it must not keep a tile for it."""
+    module = build("blasst", Pattern.CROSS, factor=4.0, block_k=2)
+    x, context = inputs(Pattern.CROSS, n=9, m=30)
+    with torch.no_grad():
+        module.q.weight.mul_(8)
+        assert module.sparsity(*module.project(x, context, context)[:2]) > 0.1
+        state = module.init_state(2, context=context)
+        rows = torch.cat([module.step(x[:, t : t + 1], state)[0] for t in range(9)], 1)
+    torch.testing.assert_close(rows, module(x, context), rtol=1e-4, atol=1e-5)

@@ -4,8 +4,9 @@ Paper: BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXi
 skipped when in every row of the query tile ``max_tile(s) - running_max(s) < ln(lambda)``, with ``lambda = factor / visible keys``; the running
 maximum includes the tile. Skipped entries have weight below lambda, and the row's largest entry stays, so the weight lost by a row is
 below `factor`, and ``|O - O_exact| <= 2 factor max|v|``.
-Differs from the paper in: `factor` counts the visible keys of each row, so that padding equals deletion; causal patterns decide row by
-row (`block_q` 1), since the rows of a tile would otherwise depend on each other's future; the CPU path applies the rule but saves no time.
+Differs from the paper in: `factor` counts the visible keys of each row, so that padding equals deletion; causal and cross patterns decide
+row by row (`block_q` 1), since the rows of a tile would otherwise depend on each other's future and a query decoded alone would differ; the CPU
+path applies the rule but saves no time. What is skipped depends on the order of the keys, within that bound.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from zoo.attention.base import (
     Attention,
     BiasFactors,
     Grid,
+    Pattern,
     dense_bias,
     masked_softmax,
     scaled_scores,
@@ -42,7 +44,7 @@ class BlasstAttention(Attention):
 
     Args:
         factor: Most weight that a row may lose, >= 0; 0 skips nothing.
-        block_q: Queries of a tile; causal patterns use 1.
+        block_q: Queries of a tile in self-attention; causal and cross patterns use 1.
         block_k: Keys of a tile.
     """
 
@@ -61,7 +63,7 @@ class BlasstAttention(Attention):
                 f"attention.blasst: factor={factor} must be >= 0, block_q={block_q} and block_k={block_k} >= 1"
             )
         super().__init__(dim, num_heads, **common)
-        self.factor, self.tile = factor, (1 if self.causal else block_q, block_k)
+        self.factor, self.tile = factor, (block_q if self.pattern is Pattern.SELF else 1, block_k)
 
     def attend(
         self,
