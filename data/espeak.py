@@ -1,6 +1,6 @@
 """Synthetic speech: sentences with names, numbers and spelled strings, spoken by espeak-ng (from the carrier ``espeak``).
 
-The corpus is rendered once, in a fixed order, into the cache: int16 samples at the wanted rate, checked by a hash.
+The corpus is rendered once, in a fixed order, into the cache: int16 samples at the wanted rate, and their hash, which results record.
 """
 
 from __future__ import annotations
@@ -155,11 +155,13 @@ class EspeakData(SpeechData):
         try:
             content = json.loads(index.read_text())
             self._store = np.load(samples, mmap_mode="r")
+            self._ends = np.asarray(content["ends"], dtype=np.int64)
+            if len(self._store) != self._ends[-1]:
+                raise ValueError(f"{len(self._store)} samples, {self._ends[-1]} expected")
         except (OSError, ValueError) as error:
             raise DataError(
                 f"the rendered corpus {samples} is damaged ({error}); delete it to render it again"
             ) from error
-        self._ends = np.asarray(content["ends"], dtype=np.int64)
         self.source = f"espeak-ng corpus {digest}, samples {content['sha256'][:16]}"
         found: dict[str, list[Utterance]] = {"train": [], "val": [], "test": [], **self._real()}
         begins = np.concatenate(([0], self._ends[:-1]))

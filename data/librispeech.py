@@ -65,7 +65,7 @@ class LibriSpeechData(SpeechFiles):
     def _rows(self, folder: Path) -> list[Row]:
         rows = []
         for listing in sorted(folder.rglob("*.trans.txt")):
-            for line in listing.read_text(encoding="utf-8").splitlines():
+            for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
                 name, _, text = line.strip().partition(" ")
                 if name:
                     rows.append(Row(name, _recording(listing.parent, name), text, name.split("-")[0]))

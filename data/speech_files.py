@@ -60,6 +60,10 @@ class SpeechFiles(SpeechData):
         return found
 
     def _inspect(self, row: Row) -> Utterance:
+        if (
+            "\ufffd" in row.text
+        ):  # what a byte of another encoding was read as; normalising would drop it in silence
+            raise AudioError(f"the text {row.text!r} is no UTF-8")
         length, _ = audio_info(row.path)
         rest = length - row.offset_s
         duration = rest if row.duration_s is None else min(row.duration_s, rest)

@@ -83,6 +83,20 @@ def test_librispeech_tree(tmp_path):
     assert text == data.split("train")[int(batch["index"][0])].text
 
 
+def test_transcripts_in_another_encoding_are_named(tmp_path):
+    librispeech(tmp_path, defects=False)
+    listing = tmp_path / "train-clean-5" / "1" / "7" / "1-7.trans.txt"
+    listing.write_bytes(b"1-7-0000 CAF\xc9\n" + listing.read_bytes().split(b"\n", 1)[1])
+    data = create_data("librispeech", root=str(tmp_path))
+    data.setup()
+    assert len(data.split("train")) == 11 and list(data.skipped) == ["1-7-0000"]
+    assert "is no UTF-8" in data.skipped["1-7-0000"]
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"path,text\n" + b"".join(b"%d.wav,caf\xe9\n" % i for i in range(3)))
+    with pytest.raises(DataError, match="no usable utterance.*is no UTF-8"):
+        create_data("speech_manifest", train=str(table)).setup()
+
+
 def test_librispeech_sets_speakers_aside(tmp_path):
     librispeech(tmp_path, speakers=6)
     data = create_data("librispeech", root=str(tmp_path), val=[], test=[], val_share=0.2, test_share=0.2)
@@ -339,6 +353,18 @@ def test_batch_seconds_set_batch_sizes():
 
 
 # ------------------------------------------------------------------------------------------- synthesis
+
+
+def test_a_cut_corpus_is_named(tmp_path, monkeypatch):
+    """Fewer samples than the index says: without a look at the length the last utterances would be short or empty."""
+    data = create_data("espeak", train_size=1, val_size=1, test_size=1)
+    samples, index = tmp_path / "a.npy", tmp_path / "a.json"
+    monkeypatch.setattr(data, "fetch", lambda: None)
+    monkeypatch.setattr(data, "_paths", lambda: (samples, index, "a"))
+    np.save(samples, np.zeros(90, dtype=np.int16))
+    index.write_text(json.dumps({"ends": [30, 60, 100], "sha256": "0", "rows": []}))
+    with pytest.raises(DataError, match="a.npy is damaged .90 samples, 100 expected.; delete it"):
+        data.utterances()
 
 
 @pytest.mark.network
