@@ -187,6 +187,15 @@ def test_axial_mode_by_hand():
     assert (have - 0.5 * (p_col @ (p_row @ v) + p_row @ (p_col @ v))).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("mode", ["full", "axial"])
+def test_ppma_map_times_values_is_the_mixing(mode):
+    module = build("ppma", Pattern.SELF, m=12, mode=mode, grid=Grid((3, 4)), lepe=False)
+    x = torch.randn(2, 12, 16)
+    weights, v = module.attention_map(x), module.project(x, x, x)[2]
+    torch.testing.assert_close(module.output(weights @ v, x), module(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 12))
+
+
 def test_ppma_axial_module_and_refusals():
     module = build("ppma", Pattern.SELF, m=12, mode="axial", grid=Grid((3, 4)))
     x = torch.randn(2, 12, 16, requires_grad=True)

@@ -31,6 +31,7 @@ from zoo.errors import CapabilityError, ConfigError
     grid_dims=(2,),
     needs_grid=True,
     order_sensitive=True,
+    has_map=True,
 )
 class PpmaAttention(Attention):
     """Softmax attention under a learned two-dimensional decay.
@@ -76,18 +77,26 @@ class PpmaAttention(Attention):
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
-    def decays(self, x: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Row and column decay of each token, [B, H, N], <= 0; 0 for masked tokens."""
+    def decays(self, x: Tensor) -> Tensor:
+        """Row and column decay of each token, [B, H, N, 2], <= 0."""
         t = self.step_size(split_heads(x, self.num_heads)) + self.dt_bias[:, None, None]
-        decay = -self.log_rate.exp()[:, None, None] * softplus(t)
-        if key_mask is not None:
-            decay = decay.masked_fill(~key_mask[:, None, :, None], 0.0)
-        return decay[..., 0], decay[..., 1]
+        return -self.log_rate.exp()[:, None, None] * softplus(t)
+
+    def project(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys carry their decays along, [B, H, N, D + 2]."""
+        q, k, v = super().project(x, context, value)
+        return q, torch.cat((k, self.decays(x)), -1), v
 
     def mix(self, x: Tensor, context: Tensor, value: Tensor, **call: Any) -> Tensor:
         q, k, v = self.project(x, context, value)
-        heads = self.attend(q, k, v, decays=self.decays(x, call["key_mask"]), **call)
+        heads = self.attend(q, k, v, **call)
         return heads if self.lepe is None else heads + self._lepe(v, call["key_mask"], call["grid"])
+
+    def weights(self, q: Tensor, k: Tensor, **call: Any) -> Tensor:
+        """The mixing is linear in the values, so unit values give the matrix; LePE is outside it."""
+        n = q.shape[2]
+        unit = torch.eye(n, dtype=q.dtype, device=q.device).expand(*q.shape[:2], n, n)
+        return self.attend(q, k, unit, **call)
 
     def attend(
         self,
@@ -101,8 +110,14 @@ class PpmaAttention(Attention):
         positions: Tensor | None = None,
         decays: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """`decays` [B, H, N] each; left out, none."""
+        """`k` with its decays as `project` gives it, or without and `decays` [B, H, N] each; left out, none."""
         grid = grid or self.grid
+        if k.shape[-1] > self.head_dim:
+            k, own = k.split((self.head_dim, 2), -1)
+            # The decays of masked tokens are no step on any path.
+            decays = (own if key_mask is None else own.masked_fill(~key_mask[:, None, :, None], 0.0)).unbind(
+                -1
+            )
         if decays is None:
             decays = (q.new_zeros(q.shape[:3]),) * 2
         if self.rope:
