@@ -53,3 +53,13 @@ def test_affine_average_moves_in_training_alone():
     module(x).sum().backward()
     assert (module.average - 0.05).abs().max() < 1e-7  # 0.1 x the first alpha of a half
     assert "average" in module.state_dict()
+
+
+def test_affine_average_is_over_the_tokens_of_all_processes(monkeypatch):
+    """Another process with 30 tokens whose alphas are 0.9 each, beside 10 of a half here."""
+    module = make("affine", average_start=0.0, decay=0.0).train()
+    other = torch.tensor([27.0, 27.0, 27.0, 27.0, 30.0])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(other))
+    module(torch.randn(2, 5, 24).double())
+    assert (module.average - (27 + 5) / 40).abs().max() < 1e-6
