@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from data.errors import DataError
+from data.rec_rows import tidy
 
 ROLES = ("user", "item", "time", "rating", "category", "behaviour")
 NAMES = {  # column titles seen in public files, lower case
@@ -66,6 +67,11 @@ def read_interactions(
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=3, cutoff=0.5) or list(FORMATS)
         raise DataError(f"unknown data.format {format!r}; nearest: {', '.join(near)}")
+    if columns and format in UNTITLED:
+        raise DataError(
+            f"{path.name} is read as {format!r}, which has no column titles, so data.columns cannot name any; drop it, or "
+            "write titles into the file and set data.format=csv"
+        )
     try:
         frame = FORMATS[format](path, dict(columns or {}))
     except DataError:
@@ -73,7 +79,7 @@ def read_interactions(
     except (ValueError, OSError, KeyError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path.name}: not a readable {format!r} file ({reason}); set data.format") from error
-    return _tidy(frame, path, format)
+    return tidy(frame, path, format)
 
 
 def detect_format(path: Path) -> str:
@@ -93,9 +99,9 @@ def detect_format(path: Path) -> str:
         return "movielens_dat"
     if ":token" in first:
         return "recbole"
+    fields = [field.strip().lower() for field in first.split(_separator(first))]
     if "\t" in first:
-        return "movielens_data"
-    fields = [field.strip().lower() for field in first.split(",")]
+        return "csv" if any(field in NAMES["user"] for field in fields) else "movielens_data"
     if {"user_id", "item_id", "time_stamp", "action_type"} <= set(fields):
         return "tmall"
     if len(fields) == 5 and fields[3] in ("pv", "cart", "fav", "buy"):
@@ -116,13 +122,33 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8")
 
 
-def _csv(path: Path, names: list[str] | None, **options: Any) -> pd.DataFrame:
+def _separator(line: str) -> str:
+    return "\t" if "\t" in line else ","
+
+
+def _csv(path: Path | TextIO, names: list[str] | None = None, **options: Any) -> pd.DataFrame:
     return pd.read_csv(path, names=names, dtype=str, keep_default_na=False, na_values=[""], **options)
+
+
+def _untitled(path: Path, *names: str, sep: str = ",") -> pd.DataFrame:
+    """A table without titles, whose fields are `names`, a time last.
+
+    Raises:
+        DataError: The first line is not of this kind. pandas would shift the fields or fill them up.
+    """
+    with _open(path) as stream:
+        first = stream.readline().rstrip("\r\n").split(sep)
+    if len(first) != len(names) or pd.isna(pd.to_numeric(first[-1], errors="coerce")):
+        raise DataError(
+            f"{path.name}: expected lines of {len(names)} fields without titles ({', '.join(names)}), the first one is "
+            f"{sep.join(first)[:80]!r}; for other columns give them titles and set data.format=csv"
+        )
+    return _csv(path, list(names), sep=sep)
 
 
 def _movielens_data(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """MovieLens-100K `u.data`: tabs, no header."""
-    return _csv(path, ["user", "item", "rating", "time"], sep="\t")
+    return _untitled(path, "user", "item", "rating", "time", sep="\t")
 
 
 def _movielens_dat(path: Path, columns: dict[str, str]) -> pd.DataFrame:
@@ -134,13 +160,16 @@ def _movielens_dat(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["user", "item", "rating", "time"])
 
 
-def _headed(path: Path, columns: dict[str, str], **options: Any) -> pd.DataFrame:
-    return _rename(_csv(path, None, **options), columns, path, NAMES)
+def _headed(path: Path, columns: dict[str, str]) -> pd.DataFrame:
+    """Commas or tabs, titles in the first line."""
+    with _open(path) as stream:
+        separator = _separator(stream.readline())
+    return _rename(_csv(path, sep=separator), columns, path, NAMES)
 
 
 def _recbole(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """RecBole atomic `.inter`: tabs and a header of `name:type`; categories come from the `.item` file beside it."""
-    frame = _csv(path, None, sep="\t")
+    frame = _csv(path, sep="\t")
     frame.columns = [str(column).split(":")[0] for column in frame.columns]
     frame = _rename(frame, columns, path, NAMES)
     beside = path.with_name(path.name.replace(".inter", ".item"))
@@ -155,19 +184,19 @@ def _recbole(path: Path, columns: dict[str, str]) -> pd.DataFrame:
 
 def read_recbole_table(source: Path | TextIO) -> pd.DataFrame:
     """A RecBole `.user` or `.item` file: all columns as strings under their plain names."""
-    frame = _csv(source, None, sep="\t")
+    frame = _csv(source, sep="\t")
     frame.columns = [str(column).split(":")[0] for column in frame.columns]
     return frame
 
 
 def _taobao(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """Taobao `UserBehavior.csv`: user, item, category, behaviour, unix time; no header."""
-    return _csv(path, ["user", "item", "category", "behaviour", "time"])
+    return _untitled(path, "user", "item", "category", "behaviour", "time")
 
 
 def _tmall(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """Tmall `user_log_format1.csv`: month and day as time, not sorted, actions as digits."""
-    frame = _rename(_csv(path, None), columns, path, NAMES)
+    frame = _rename(_csv(path), columns, path, NAMES)
     days = pd.to_datetime("2015" + frame["time"].str.zfill(4), format="%Y%m%d", errors="coerce")
     frame["time"] = (days - pd.Timestamp("2015-01-01")).dt.total_seconds()
     frame["behaviour"] = frame["behaviour"].map(TMALL_ACTIONS)
@@ -198,17 +227,21 @@ def _amazon(path: Path, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def _amazon_csv(path: Path, columns: dict[str, str]) -> pd.DataFrame:
-    """Amazon ratings only: user, item, rating, time; no header."""
-    return _csv(path, ["user", "item", "rating", "time"])
+    """Amazon ratings only: user, item, rating, time; the files of 2018 have the item first. No header."""
+    frame = _untitled(path, "user", "item", "rating", "time")
+    # Numbers of products (ASIN) have ten characters, those of reviewers nearly always more.
+    ten = {role: (frame[role].str.len() == 10).mean() for role in ("user", "item")}
+    if ten["user"] > 0.5 > ten["item"]:
+        frame = frame.rename(columns={"user": "item", "item": "user"})
+        frame.attrs["notes"] = {"columns": "item first"}
+    return frame
 
 
 def _parquet(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """Parquet, one event a row, or one user a row with lists of equal length."""
     frame = pd.read_parquet(path)
-    lists = [c for c in frame.columns if len(frame) and isinstance(frame[c].iloc[0], (list, np.ndarray))]
-    frame = _rename(frame, columns, path, LIST_NAMES if lists else NAMES)
-    lists = [c for c in frame.columns if len(frame) and isinstance(frame[c].iloc[0], (list, np.ndarray))]
-    if lists:
+    frame = _rename(frame, columns, path, LIST_NAMES if _lists(frame) else NAMES)
+    if lists := _lists(frame):
         try:
             frame = frame.explode(lists, ignore_index=True)
         except ValueError:
@@ -216,6 +249,11 @@ def _parquet(path: Path, columns: dict[str, str]) -> pd.DataFrame:
                 f"{path.name}: the lists of {', '.join(lists)} differ in length within a row"
             ) from None
     return frame
+
+
+def _lists(frame: pd.DataFrame) -> list[str]:
+    """Columns that hold lists; rows without one may come first."""
+    return [c for c in frame if isinstance(next(iter(frame[c].dropna()), None), (list, np.ndarray))]
 
 
 FORMATS: dict[str, Callable[[Path, dict[str, str]], pd.DataFrame]] = {
@@ -229,6 +267,7 @@ FORMATS: dict[str, Callable[[Path, dict[str, str]], pd.DataFrame]] = {
     "amazon_csv": _amazon_csv,
     "parquet": _parquet,
 }
+UNTITLED = ("movielens_data", "movielens_dat", "taobao", "amazon_csv")
 
 
 def _rename(
@@ -248,57 +287,3 @@ def _rename(
         elif title := next((titles[n] for n in names[role] if n in titles), None):
             found[role] = title
     return frame[list(found.values())].set_axis(list(found), axis=1)
-
-
-def _tidy(frame: pd.DataFrame, path: Path, format: str) -> pd.DataFrame:
-    """Check columns, turn types, drop unusable rows, and count all of it."""
-    for role in ("user", "item"):
-        if role not in frame:
-            raise DataError(
-                f"{path.name} ({format}) has no {role} column; name it with data.columns.{role}=<title>"
-            )
-    notes = {"format": format, "rows": len(frame)}
-    valid = np.ones(len(frame), dtype=bool)
-    for role in ("user", "item"):
-        ids = frame[role]
-        missing = ids.isna().to_numpy() | (ids.astype(str).str.strip() == "").to_numpy()
-        numbers = pd.to_numeric(ids, errors="coerce").to_numpy()
-        negative = ~missing & (numbers < 0)  # -1 marks a missing id in many logs
-        notes[f"missing_{role}"] = int(missing.sum())
-        notes[f"negative_{role}"] = int(negative.sum())
-        valid &= ~(missing | negative)
-    if "time" in frame:
-        frame["time"], unit = _seconds(frame["time"])
-        if unit:
-            notes["time_unit"] = unit
-        missing = frame["time"].isna().to_numpy()
-        if missing.all():
-            frame = frame.drop(columns="time")
-        else:
-            notes["missing_time"] = int((missing & valid).sum())
-            valid &= ~missing
-    if "time" not in frame:
-        notes["no_time"] = "file order"
-    if "rating" in frame:
-        frame["rating"] = pd.to_numeric(frame["rating"], errors="coerce")
-    frame = frame[valid].reset_index(drop=True)
-    if not len(frame):
-        raise DataError(f"{path.name} ({format}): no usable row among {notes['rows']}: {notes}")
-    for role in ("user", "item", "category", "behaviour"):
-        if role in frame:
-            frame[role] = frame[role].astype(str).str.strip()
-    frame.attrs["notes"] = notes
-    return frame
-
-
-def _seconds(times: pd.Series) -> tuple[pd.Series, str]:
-    """Times in seconds and the unit they were in, told from their size: seconds reach 1e11 in the year 5138."""
-    numbers = pd.to_numeric(times, errors="coerce")
-    if numbers.isna().all() and not times.isna().all():
-        parsed = pd.to_datetime(times, errors="coerce", utc=True)
-        return (parsed - pd.Timestamp(0, tz="UTC")).dt.total_seconds(), "text"
-    middle = numbers.abs().median()
-    for limit, factor, unit in ((1e17, 1e9, "ns"), (1e14, 1e6, "us"), (1e11, 1e3, "ms")):
-        if middle > limit:
-            return numbers / factor, unit
-    return numbers, ""

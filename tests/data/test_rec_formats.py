@@ -82,6 +82,49 @@ def test_parquet_with_rows_and_with_lists(tmp_path: Path) -> None:
         read_interactions(tmp_path / "broken.parquet")
 
 
+def test_parquet_rows_without_a_list_or_a_date(tmp_path: Path) -> None:
+    lists = pd.DataFrame({"user": ["a", "b"], "items": [None, ["x", "y"]], "times": [None, [1.0, 2.0]]})
+    lists.to_parquet(tmp_path / "lists.parquet")
+    frame = read_interactions(tmp_path / "lists.parquet")
+    assert frame["item"].tolist() == ["x", "y"] and frame.attrs["notes"]["missing_item"] == 1
+    days = pd.to_datetime(["1970-01-02", None, "1970-01-03"])
+    pd.DataFrame({"user": "a", "item": ["x", "y", "z"], "time": days}).to_parquet(tmp_path / "days.parquet")
+    frame = read_interactions(tmp_path / "days.parquet")
+    assert frame["time"].tolist() == [86400, 172800] and frame.attrs["notes"]["missing_time"] == 1
+
+
+def test_tabs_with_titles_are_read_by_title(tmp_path: Path) -> None:
+    path = tmp_path / "log.tsv"
+    path.write_text("user_id\titem_id\ttimestamp\trating\na\tb\t1600000000\t5\n")
+    frame = read_interactions(path)
+    assert frame["time"].tolist() == [1_600_000_000] and frame["rating"].tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("format", "line"),
+    [
+        ("movielens_data", "a\tb\t5\t1600000000\tmore"),
+        ("movielens_data", "a\tb\t5"),
+        ("movielens_data", "customer\tsku\tstars\tday"),
+        ("taobao", "1,2,3,pv,1600000000,more"),
+        ("amazon_csv", "more,a,b,5.0,1600000000"),
+    ],
+)
+def test_lines_of_another_width_are_refused(format: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(f"{line}\n")
+    with pytest.raises(DataError, match="fields without titles.*data.format=csv"):
+        read_interactions(path, format)
+
+
+def test_amazon_ratings_of_2018_have_the_item_first(tmp_path: Path) -> None:
+    path = tmp_path / "All_Beauty.csv"
+    path.write_text("0143026860,A1V6B6TNIC10QE,1.0,1424304000\n014789302X,A1F1A0QQP2XVH5,3.0,1435968000\n")
+    frame = read_interactions(path)
+    assert frame["item"].tolist() == ["0143026860", "014789302X"] and frame["user"].str.startswith("A1").all()
+    assert frame.attrs["notes"]["columns"] == "item first"
+
+
 @pytest.mark.parametrize(("factor", "unit"), [(1_000, "ms"), (1_000_000, "us"), (1_000_000_000, "ns")])
 def test_finer_times_become_seconds(factor: int, unit: str, tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
@@ -120,6 +163,9 @@ def test_own_column_titles(tmp_path: Path) -> None:
     assert frame["user"].tolist() == ["a"] and frame["item"].tolist() == ["b"]
     with pytest.raises(DataError, match=r"no column 'shop'.*customer, sku"):
         read_interactions(path, "csv", {"user": "shop"})
+    path.write_text("1,2,3,pv,1600000000\n")
+    with pytest.raises(DataError, match="no column titles, so data.columns"):
+        read_interactions(path, "auto", {"user": "customer"})
     with pytest.raises(DataError, match="roles are user"):
         read_interactions(path, "csv", {"buyer": "customer"})
 
