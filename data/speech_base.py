@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from data.base import SPLITS, SplitDataset, ZooData, check_at_least, check_range
 from data.errors import DataError
 from data.sampler import BatchKey, EpochLoader, EpochSampler
 from data.speech_augment import WaveAugment
-from data.speech_batches import Batches, ByLength, Utterance, pad_audio, pad_tokens
+from data.speech_batches import Batches, ByLength, NamingLoader, Utterance, pad_audio, pad_tokens
 from data.speech_bucketing import Bucket, BucketSampler, make_buckets
 from data.speech_tokenisers import PLAIN_CHARACTERS, BpeTokeniser, CharTokeniser, Tokeniser, normalise
 from zoo.audio import read_audio
@@ -212,28 +213,43 @@ class SpeechData(ZooData):
     def batch(self, split: str, key: BatchKey) -> dict[str, Tensor]:
         """One batch; augmented when the key belongs to training. Recordings that cannot be read are left out.
 
-        A batch of which nothing is left is empty; a split of which nothing is left raises DataError.
+        A batch of which nothing is left is empty.
         """
         kept, waves = [], []
         for i in key.indices.tolist():
-            utterance = self._splits[split][i]
-            try:
-                wave = self.samples(utterance)
-            except DataError as error:
-                self.skip(utterance.id, str(error))
-                self._unusable[split].add(i)
+            wave = self._read(split, i)
+            if wave is None:
                 continue
             if split == "train" and key.epoch >= 0:
                 wave = self.wave_augment(wave, (self.seed, key.epoch, i))
             kept.append(i)
             waves.append(wave)
+        tokens = [self._tokens[split][i] for i in kept]
+        return {**pad_audio(waves), **pad_tokens(tokens), "index": torch.tensor(kept, dtype=torch.long)}
+
+    def _read(self, split: str, i: int) -> np.ndarray | None:
+        """Samples of an utterance; None where its recording cannot be used, which is noted."""
+        utterance = self._splits[split][i]
+        try:
+            return self.samples(utterance)
+        except DataError as error:
+            self.skip(utterance.id, str(error))
+            self._unusable[split].add(i)
+            return None
+
+    def _lose(self, split: str, lost: list[int]) -> None:
+        """Note recordings that were found unusable, maybe by a worker process.
+
+        Raises:
+            DataError: None is left in the split.
+        """
+        for i in set(lost) - self._unusable[split]:
+            self._read(split, i)
         if len(self._unusable[split]) == len(self._splits[split]):
             raise DataError(
                 f"data {self.name!r}: none of the {len(self._splits[split])} recordings of split {split} can be used"
                 + self._first_reasons()
             )
-        tokens = [self._tokens[split][i] for i in kept]
-        return {**pad_audio(waves), **pad_tokens(tokens), "index": torch.tensor(kept, dtype=torch.long)}
 
     def loader(self, split: str, *, shuffle: bool = False) -> EpochLoader:
         """Buckets for training; evaluation in order of length, so that batches pad little."""
@@ -255,7 +271,8 @@ class SpeechData(ZooData):
             )
             if not shuffle:
                 sampler.order = ByLength(sampler, self.durations(split))
-        return EpochLoader(dataset, sampler, num_workers=self.num_workers)
+        lost = partial(self._lose, split)
+        return NamingLoader(dataset, sampler, num_workers=self.num_workers, lost=lost)
 
     def buckets(self) -> tuple[list[Bucket], list[int]]:
         """Training buckets and their batch sizes."""

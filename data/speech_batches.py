@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sampler import BatchKey, EpochSampler
+from data.sampler import BatchKey, EpochLoader, EpochSampler
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,36 @@ class Utterance:
 
 
 class Batches:
-    """Picklable ``key -> batch`` of one split."""
+    """Picklable ``key -> batch`` of one split; ``lost`` names what the key asked for and the batch lacks."""
 
     def __init__(self, owner: Any, split: str) -> None:
         self.owner, self.split = owner, split
 
     def __call__(self, key: BatchKey) -> dict[str, Tensor]:
-        return self.owner.batch(self.split, key)
+        batch = self.owner.batch(self.split, key)
+        return {**batch, "lost": torch.from_numpy(np.setdiff1d(key.indices, batch["index"].numpy()))}
+
+
+class NamingLoader(EpochLoader):
+    """Tells the data which recordings a batch has lost: worker processes keep what they find to themselves.
+
+    Args:
+        lost: Gets their numbers.
+        arguments, options: Of `data.sampler.EpochLoader`.
+    """
+
+    def __init__(self, *arguments: Any, lost: Callable[[list[int]], None], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.lost = lost
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = super().__iter__()
+        try:
+            for batch in batches:
+                self.lost(batch.pop("lost").tolist())
+                yield batch
+        finally:
+            batches.close()
 
 
 class ByLength:

@@ -162,15 +162,29 @@ def test_defect_found_while_training_leaves_the_batch(tmp_path):
     assert data.split("val")[0].text == "say a" and data.split("val")[0].speaker == "ann"
 
 
-def test_split_without_any_usable_recording_is_an_error(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_split_without_any_usable_recording_is_an_error(tmp_path, num_workers):
     """Headers were fine, every recording holds NaN: said at the first batch, instead of training on nothing."""
     for i in range(4):
         soundfile.write(tmp_path / f"{i}.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "t.csv").write_text("path,text\n" + "".join(f"{i}.wav,hello\n" for i in range(4)))
     name = str(tmp_path / "t.csv")
-    data = create_data("speech_manifest", train=name, val=name, test=name, batch_size=4, duration_buckets=1)
+    options = {"batch_size": 2, "duration_buckets": 1, "num_workers": num_workers}
+    data = create_data("speech_manifest", train=name, val=name, test=name, **options)
     with pytest.raises(DataError, match="none of the 4 recordings of split train.*NaN"):
         list(data.train_dataloader())
+    assert len(data.skipped) == 4
+
+
+def test_what_worker_processes_find_is_named_here(tmp_path):
+    for i in range(3):
+        wave = np.full(8000, np.nan) if i == 1 else beep()
+        soundfile.write(tmp_path / f"{i}.wav", wave, 16000, subtype="FLOAT")
+    (tmp_path / "t.csv").write_text("path,text\n" + "".join(f"{i}.wav,hello\n" for i in range(3)))
+    name = str(tmp_path / "t.csv")
+    data = create_data("speech_manifest", train=name, val=name, test=name, num_workers=1)
+    assert [b["index"].tolist() for b in data.val_dataloader()] == [[0, 2]]
+    assert "NaN" in data.skipped["t.csv:2"]
 
 
 @pytest.mark.parametrize(
