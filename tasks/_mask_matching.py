@@ -45,7 +45,7 @@ def mask_set_losses(
         points: Points P per mask; the matching draws its own.
 
     Returns:
-        Terms `class`, `mask`, `dice`, summed over predictions.
+        Terms `class`, `mask`, `dice`, summed over predictions. Images that are void everywhere have no part in them.
     """
     logits, masks = full_precision(logits), full_precision(masks)
     classes = logits.shape[-1] - 1
@@ -55,24 +55,25 @@ def mask_set_losses(
         assigned = assign(_costs(logits, masks, target, weights, points), real)
     layer, image, query = (assigned >= 0).nonzero(as_tuple=True)
     wanted = assigned[layer, image, query]
+    # Before any way out: every process takes part in this sum.
+    count = mean_over_processes(real.sum().to(masks))
+    if len(wanted) == 0:  # void everywhere
+        zero = masks.sum() * 0
+        return {"class": logits.sum() * 0, "mask": zero, "dice": zero}
 
     scale = logits.new_ones(classes + 1)
     scale[-1] = weights.no_object
-    truth = torch.where(assigned >= 0, assigned, classes)
+    truth = torch.where(assigned >= 0, assigned, classes).masked_fill(~real.any(1)[:, None], -100)
     class_term = sum(
         F.cross_entropy(one.flatten(0, 1), own.flatten(), weight=scale)
         for one, own in zip(logits, truth, strict=True)
     )
-    if len(wanted) == 0:  # void everywhere
-        zero = masks.sum() * 0
-        return {"class": weights.classes * class_term, "mask": zero, "dice": zero}
     own_masks = masks[layer, image, query]  # [M, h, w]
     place = _uncertain_points(own_masks.detach(), points)
     found = _read(own_masks[:, None], place)[:, 0]
     seen = _classes_at(target[image], place)
     keep = (seen != VOID).to(found)
     inside = (seen == wanted[:, None]).to(found)
-    count = mean_over_processes(real.sum().to(found))
     entropy = F.binary_cross_entropy_with_logits(found, inside, reduction="none")
     share = found.sigmoid() * keep
     overlap = 1 - (2 * (share * inside).sum(-1) + 1) / (share.sum(-1) + (inside * keep).sum(-1) + 1)

@@ -23,7 +23,7 @@ class Classification(ZooTask):
     """One label per image.
 
     Args:
-        label_smoothing: Share of the target spread over all classes, [0, 1); soft targets (mixup) come smoothed.
+        label_smoothing: Share of the target spread over all classes, [0, 1); soft targets (mixup) are smoothed too.
     """
 
     monitor = "accuracy"
@@ -62,12 +62,9 @@ class Classification(ZooTask):
         )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.model(batch["image"])
-        if "target" in batch:
-            return {"cross_entropy": F.cross_entropy(logits, batch["target"])}
-        return {
-            "cross_entropy": F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
-        }
+        target = batch.get("target", batch["label"])
+        loss = F.cross_entropy(self.model(batch["image"]), target, label_smoothing=self.label_smoothing)
+        return {"cross_entropy": loss}
 
     def update_metrics(self, batch: Batch, metrics: MetricCollection, split: str) -> None:
         logits = self.model(batch["image"])

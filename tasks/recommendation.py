@@ -57,6 +57,8 @@ class Recommendation(ZooTask):
             raise unknown("task.sampling", str(sampling), ("uniform", "popularity"))
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
+        if label_smoothing and loss != "full":
+            raise ConfigError(f"task.label_smoothing={label_smoothing} belongs to task.loss=full, not {loss}")
         if not 0 < mask_fraction < 1 or not 0 <= mask_last <= 1:
             raise ConfigError(
                 f"task.mask_fraction={mask_fraction} must lie in (0, 1) and task.mask_last={mask_last} in [0, 1]"

@@ -26,8 +26,8 @@ class Segmentation(ZooTask):
     """One class per pixel.
 
     Args:
-        dice_weight: Factor on the Dice loss beside the cross-entropy, >= 0.
-        label_smoothing: Share of the target spread over all classes, [0, 1).
+        dice_weight: Factor on the Dice loss beside the cross-entropy, >= 0; "pixel" only.
+        label_smoothing: Share of the target spread over all classes, [0, 1); "pixel" only.
         mask_loss: "pixel": cross-entropy and Dice on every pixel's classes; "matched": queries are matched to the
             classes of each image (heads with queries).
         mask_points: Points of a mask that the matched loss looks at.
@@ -55,6 +55,10 @@ class Segmentation(ZooTask):
             raise unknown("task.mask_loss", mask_loss, MASK_LOSSES)
         if mask_loss == "matched" and not getattr(model, "prefix", 0):
             raise ConfigError("task.mask_loss=matched needs a head with queries: model.head=eomt")
+        if mask_loss == "matched" and label_smoothing:
+            raise ConfigError(
+                f"task.label_smoothing={label_smoothing} belongs to task.mask_loss=pixel, not matched"
+            )
         for key, value in (("mask_points", mask_points), ("window", window)):
             if value is not None and value < 1:
                 raise ConfigError(f"task.{key}={value} must be at least 1")

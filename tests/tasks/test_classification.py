@@ -55,6 +55,14 @@ def test_one_step_with_every_variant(attention):
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
+def test_soft_targets_are_smoothed_as_labels_are():
+    task, data = build("none", "task.label_smoothing=0.2")
+    batch = next(iter(data.val_dataloader()))
+    hard = task.losses(batch)["cross_entropy"]
+    batch["target"] = torch.nn.functional.one_hot(batch["label"], 10).float()
+    torch.testing.assert_close(task.losses(batch)["cross_entropy"], hard)
+
+
 def test_metrics_are_those_of_the_whole_split():
     task, data = build("softmax")
     task.eval()

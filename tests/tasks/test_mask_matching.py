@@ -98,9 +98,24 @@ def test_void_pixels_have_no_influence():
     sum(matching.mask_set_losses(logits, masks, target, WEIGHTS).values()).backward()
     assert masks.grad[..., 5:, :].abs().max() == 0  # row 4 reaches up by interpolation
     assert masks.grad[..., :4, :].abs().max() > 0
-    with torch.no_grad():
-        empty = matching.mask_set_losses(logits, masks, torch.full_like(target, 255), WEIGHTS)
-    assert float(empty["mask"]) == float(empty["dice"]) == 0 and torch.isfinite(empty["class"])
+
+
+def test_an_image_of_void_pixels_changes_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        matching, "mean_over_processes", lambda count: asked.append(count) or count.clamp(min=1)
+    )
+    logits, masks = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 8, 8)
+    target = torch.randint(3, (2, 8, 8))
+    target[1] = 255
+    torch.manual_seed(4)  # the same points for the first image
+    both = matching.mask_set_losses(logits, masks, target, WEIGHTS)
+    torch.manual_seed(4)
+    one = matching.mask_set_losses(logits[:, :1], masks[:, :1], target[:1], WEIGHTS)
+    torch.testing.assert_close(both["class"], one["class"])
+    none = matching.mask_set_losses(logits, masks, torch.full_like(target, 255), WEIGHTS)
+    assert [float(v) for v in none.values()] == [0, 0, 0]
+    assert len(asked) == 3, "a process without objects must take part in the sum over processes"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 51)])
@@ -122,6 +137,8 @@ def test_matched_masks_need_queries():
     model = cls(resolve_slots(cls.slots(**options), {"name": "softmax"}, task="segmentation"), **options)
     with pytest.raises(ConfigError, match=r"model\.head=eomt"):
         Segmentation(model, small_scenes(), mask_loss="matched")
+    with pytest.raises(ConfigError, match="label_smoothing=0.1 belongs to task.mask_loss=pixel"):
+        Segmentation(masked_segmenter(), small_scenes(), mask_loss="matched", label_smoothing=0.1)
 
 
 def masked_segmenter() -> torch.nn.Module:

@@ -183,3 +183,5 @@ def test_wrong_settings_name_the_rule(data) -> None:
         make(data, loss="sample")
     with pytest.raises(ConfigError, match="mask_fraction"):
         make(data, mask_fraction=1.0)
+    with pytest.raises(ConfigError, match="task.label_smoothing=0.1 belongs to task.loss=full, not sampled"):
+        make(data, loss="sampled", label_smoothing=0.1)
