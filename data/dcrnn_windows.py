@@ -25,7 +25,7 @@ class DcrnnWindowsData(TrafficData):
     Args:
         root: Folder with train.npz, val.npz and test.npz.
         adjacency: As in `data=metr_la`; null for none.
-        weekday_scale: What channel 2 is multiplied with to give 0 .. 6 (7 where it lies in [0, 1), else 1).
+        weekday_scale: What channel 2 is multiplied with to give the days 0 .. 6: 7 where it lies in [0, 1), else 1.
         common: Options of :class:`data.traffic_base.TrafficData`; `split`, `lag_steps` and window sizes are not used.
     """
 
@@ -90,6 +90,11 @@ class DcrnnWindowsData(TrafficData):
             )
         self._step_minutes = float(np.round(step * 60) / 60)
         weekday = np.zeros(len(x)) if x.shape[3] < 3 else x[:, 0, 0, 2] * self.weekday_scale
+        if np.abs(weekday - np.rint(weekday)).max() > 0.01:
+            raise DataError(
+                f"{path}: channel 2 times weekday_scale={self.weekday_scale:g} is {weekday.max():.3g} and no whole day; set "
+                "data.weekday_scale=7 for days in [0, 1)"
+            )
         if not hasattr(self, "_starts") or path.stem == SPLITS[0]:
             self._starts: list[np.ndarray] = []
         minutes = np.rint(day[:, 0] * 24 * 60 / self._step_minutes) * self._step_minutes

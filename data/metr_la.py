@@ -44,8 +44,9 @@ class MetrLaData(TrafficData):
 
     def read(self) -> Series:
         """The frame on a regular clock, with its graph."""
-        times, values, sensors = read_frame_h5(existing(self.path, "data.path"), self.key)
-        series = regular(times, values, sensors, step_minutes=self.step_minutes)
+        times, values, sensors, zone = read_frame_h5(existing(self.path, "data.path"), self.key)
+        series = regular(times, values, sensors, step_minutes=self.step_minutes, null_value=self.null_value)
+        series.zone = zone
         if self.graph:
             path = existing(self.graph, "data.adjacency")
             series.adjacency = read_graph(path, series, sigma=self.sigma, cut=self.cut_weight)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from data.base import SPLITS, ZooData, check_at_least, hash_arrays
 from data.errors import DataError
 from data.traffic_baselines import VERSION, ForecastBaselines, has_lightgbm
-from data.traffic_series import Series, drop_dead, mark_missing
+from data.traffic_series import Series, drop_dead, keep_self_loops, mark_missing
 from data.traffic_windows import (
     Geometry,
     WindowDataset,
@@ -105,7 +105,7 @@ class TrafficData(ZooData):
         """Read, repair, split, and take statistics from the training rows."""
         series = mark_missing(self.read(), self.null_value)
         rows = self.split_rows(series)
-        series = drop_dead(series, rows["train"], drop=self.drop_dead_sensors)
+        series = keep_self_loops(drop_dead(series, rows["train"], drop=self.drop_dead_sensors))
         self.series, self.rows = series, rows
         self.starts = self.cut(series, rows)
         train = series.values[rows["train"]]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from data.errors import DataError
-from data.traffic_series import Series, check_adjacency, kernel_adjacency, match_adjacency
+from data.traffic_series import Series, check_adjacency, kernel_adjacency, match_adjacency, without_nulls
 from zoo.files import read_arrays
 
 # All that a pickled (ids, index, matrix) needs; anything else is refused, since unpickling runs code.
@@ -44,9 +47,13 @@ def read_csv(path: Path, **options: Any) -> Any:
         raise DataError(f"cannot read table {path}: {' '.join(str(error).split())}") from None
 
 
+# What a UTC offset in a pandas file is made of.
+_OFFSET = {("datetime", "timezone"), ("datetime", "timedelta")}
+
+
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS:
+        if (module, name) in _HARMLESS | _OFFSET:
             return super().find_class(module, name)
         raise DataError(
             f"the pickle asks for {module}.{name}, which a list of ids and a matrix do not need; nothing of it was run. "
@@ -157,11 +164,11 @@ def _is_index(name: str, count: int) -> bool:
     return name.isdigit() and int(name) < count
 
 
-def read_frame_h5(path: Path, key: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Timestamps [R], readings [R, N] and column names of a data frame that pandas wrote to HDF5 (fixed format).
+def read_frame_h5(path: Path, key: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str], str | None]:
+    """Local timestamps [R], readings [R, N], column names and time zone, if any, of a frame that pandas wrote to HDF5.
 
     Args:
-        path: Such as metr-la.h5.
+        path: Such as metr-la.h5, in the fixed format.
         key: Name of the frame in the file; the only one when left out.
     """
     try:
@@ -188,7 +195,7 @@ def read_frame_h5(path: Path, key: str | None = None) -> tuple[np.ndarray, np.nd
             raise DataError(f"{path} has no frame {key!r}; there are: {', '.join(frames) or 'none'}")
         group = file[key or frames[0]]
         columns = [_text(item) for item in _axis(group["axis0"], path)]
-        times = _times(group["axis1"], path)
+        times, zone = _times(group["axis1"], path)
         values = np.full((len(times), len(columns)), np.nan, dtype=np.float32)
         place = {name: i for i, name in enumerate(columns)}
         for block in range(int(group.attrs.get("nblocks", 1))):
@@ -197,7 +204,7 @@ def read_frame_h5(path: Path, key: str | None = None) -> tuple[np.ndarray, np.nd
             if cells.dtype.kind not in "fiub":
                 raise DataError(f"{path}: columns of block {block} hold no numbers but {cells.dtype}")
             values[:, items] = cells[()].astype(np.float32)
-    return times, values, columns
+    return times, values, columns, zone
 
 
 def _axis(node: Any, path: Path) -> np.ndarray:
@@ -211,12 +218,37 @@ def _axis(node: Any, path: Path) -> np.ndarray:
     return node[()]
 
 
-def _times(node: Any, path: Path) -> np.ndarray:
+def _times(node: Any, path: Path) -> tuple[np.ndarray, str | None]:
     kind = _text(node.attrs.get("kind", "datetime64"))
     if not kind.startswith("datetime64"):
         raise DataError(f"{path}: the index holds {kind}, not timestamps; set a DatetimeIndex before saving")
     unit = kind[11:-1] if kind.startswith("datetime64[") else "ns"
-    return node[()].astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
+    times = node[()].astype(np.int64).astype(f"datetime64[{unit}]").astype("datetime64[s]")
+    stored = node.attrs.get("tz")
+    if stored is None:
+        return times, None
+    # pandas keeps such times in UTC; days and rush hours follow the local clock.
+    zone = _stored_zone(stored, path)
+    local = [datetime.fromtimestamp(seconds, zone) for seconds in times.astype(np.int64).tolist()]
+    name = getattr(zone, "key", None) or local[0].isoformat()[-6:]
+    return np.array([time.replace(tzinfo=None) for time in local], dtype="datetime64[s]"), name
+
+
+def _stored_zone(stored: Any, path: Path) -> tzinfo:
+    """A zone that pandas wrote as its name or as a pickled offset."""
+    try:
+        return ZoneInfo(_text(stored))
+    except (KeyError, ValueError, OSError):  # no name, or none that is known here
+        pass
+    try:
+        zone = _Restricted(io.BytesIO(bytes(stored)), encoding="latin1").load()
+    except Exception:
+        zone = None
+    if not isinstance(zone, tzinfo):
+        raise DataError(
+            f"{path}: the time zone of the index cannot be read; save local times, df.index = df.index.tz_localize(None)"
+        )
+    return zone
 
 
 def _text(item: Any) -> str:
@@ -225,10 +257,17 @@ def _text(item: Any) -> str:
     return item.decode() if isinstance(item, bytes) else str(item)
 
 
-def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str], str | None]:
+def read_table(
+    path: Path, *, null_value: str = "nan", repairs: dict[str, int] | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str], str | None]:
     """Local timestamps, readings and sensors of a CSV or Parquet table, and the zone that the timestamps carried, if any.
 
     Long: columns timestamp, sensor and value. Wide: a timestamp first, then a column a sensor.
+
+    Args:
+        path: The table.
+        null_value: What means missing, see `data.traffic_series.mark_missing`.
+        repairs: Gets the number of cells that hold no number, and of rows that repeat a sensor's time.
     """
     import pandas as pd
 
@@ -237,26 +276,50 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, list[str], str | Non
         if isinstance(table.index, pd.DatetimeIndex):
             table = table.reset_index()
     else:
-        table = read_csv(path)
+        # Ids such as 00123 are names, not numbers.
+        names = [name for name in read_csv(path, nrows=0).columns if name.strip().lower() == "sensor"]
+        table = read_csv(path, dtype=dict.fromkeys(names, str))
+    repairs = {} if repairs is None else repairs
     lower = {str(column).strip().lower(): column for column in table.columns}
     if {"timestamp", "sensor", "value"} <= set(lower):
         stamp, sensor, value = (lower[name] for name in ("timestamp", "sensor", "value"))
         table[stamp], zone = _parsed(table[stamp], path)
-        table[value] = pd.to_numeric(table[value], errors="coerce")
-        # Several readings of a sensor in a step are averaged, as duplicate rows are elsewhere.
+        table[value] = without_nulls(_numbers(table[value], path, repairs).to_numpy(np.float32), null_value)
+        if repeated := int(table.duplicated([stamp, sensor]).sum()):
+            repairs["duplicate_rows"] = repeated
+        # Several readings of a sensor at a time are averaged, as duplicate rows are elsewhere.
         table = table.pivot_table(index=stamp, columns=sensor, values=value, dropna=False, observed=False)
         table = table.sort_index()
-        names = [str(name) for name in table.columns]
-        return table.index.to_numpy(), table.to_numpy(np.float32), names, zone
+        table.columns = [str(name) for name in table.columns]
+        names = list(table.columns)
+        if all(name.isdigit() for name in names):
+            names.sort(key=int)
+        return table.index.to_numpy(), table[names].to_numpy(np.float32), names, zone
     if len(table.columns) < 2:
         raise DataError(
             f"{path}: expected the columns timestamp, sensor, value, or a timestamp and a column a sensor; got "
             f"{', '.join(map(str, table.columns))}"
         )
     first, *names = table.columns
-    values = table[names].apply(pd.to_numeric, errors="coerce")
+    values = table[names].apply(_numbers, path=path, repairs=repairs)
     times, zone = _parsed(table[first], path)
     return times.to_numpy(), values.to_numpy(np.float32), [str(name) for name in names], zone
+
+
+def _numbers(column: Any, path: Path, repairs: dict[str, int]) -> Any:
+    """A column of readings; cells that hold no number are missing, and counted."""
+    import pandas as pd
+
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = numbers.isna() & column.notna()
+    if wrong.any():
+        if wrong.sum() == column.notna().sum():
+            raise DataError(
+                f"{path}: column {column.name!r} holds no number (first: {column[wrong].iloc[0]!r}); write readings such as 3.5, "
+                "or leave the column out"
+            )
+        repairs["cells_without_number"] = repairs.get("cells_without_number", 0) + int(wrong.sum())
+    return numbers
 
 
 def _parsed(column: Any, path: Path) -> tuple[Any, str | None]:

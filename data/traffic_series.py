@@ -11,6 +11,7 @@ import numpy as np
 
 from data.errors import DataError
 
+SECONDS_PER_DAY = 24 * 60 * 60
 MINUTES_PER_WEEK = 7 * 24 * 60
 EARTH_RADIUS_M = 6_371_000.0
 # More absent steps than this share of the table means that the step length was misread.
@@ -41,6 +42,14 @@ class Series:
     repairs: dict[str, int] = field(default_factory=dict)
     zone: str | None = None
 
+    def __post_init__(self) -> None:
+        seconds = self.step_minutes * 60
+        if seconds < 1 or abs(seconds - round(seconds)) > 1e-6 or SECONDS_PER_DAY % round(seconds):
+            raise DataError(
+                f"steps of {self.step_minutes:g} minutes do not divide a day into equal parts of whole seconds; choose a step such "
+                "as 5, 15 or 60 minutes"
+            )
+
     @property
     def slots_per_day(self) -> int:
         """Steps in 24 hours."""
@@ -50,8 +59,8 @@ class Series:
     def week_slot(self) -> np.ndarray:
         """Number of each step within its week, int64 [T]; 0 is Monday 00:00."""
         seconds = self.times.astype("datetime64[s]").astype(np.int64)
-        minutes = seconds // 60 + 3 * 24 * 60  # 1970-01-01 was a Thursday
-        return (minutes % MINUTES_PER_WEEK / self.step_minutes).astype(np.int64)
+        seconds = seconds + 3 * SECONDS_PER_DAY  # 1970-01-01 was a Thursday
+        return seconds % (7 * SECONDS_PER_DAY) // round(self.step_minutes * 60)
 
     def keep(self, sensors: np.ndarray) -> Series:
         """The same series with the sensors [K] (numbers) alone, in that order."""
@@ -85,7 +94,12 @@ def step_of(times: np.ndarray) -> float:
 
 
 def regular(
-    times: np.ndarray, values: np.ndarray, sensors: list[str], *, step_minutes: float | None = None
+    times: np.ndarray,
+    values: np.ndarray,
+    sensors: list[str],
+    *,
+    step_minutes: float | None = None,
+    null_value: str = "nan",
 ) -> Series:
     """Put rows on a regular clock: sort them, merge duplicates, fill gaps with missing rows; count each repair.
 
@@ -94,12 +108,13 @@ def regular(
         values: Readings, [R, N], NaN where missing.
         sensors: Names of the N columns.
         step_minutes: Step length; measured when left out.
+        null_value: What means missing, see `mark_missing`: rows of the same step are averaged without it.
 
     Raises:
         DataError: Shapes that disagree, unreadable timestamps, or rows that do not lie on any regular clock.
     """
     times = np.asarray(times).astype("datetime64[s]")
-    values = np.asarray(values, dtype=np.float32)
+    values = without_nulls(np.asarray(values, dtype=np.float32), null_value)
     if values.ndim != 2 or values.shape != (len(times), len(sensors)):
         raise DataError(
             f"{len(times)} timestamps and {len(sensors)} sensors need a table of [{len(times)}, {len(sensors)}], got "
@@ -176,9 +191,7 @@ def mark_missing(series: Series, null_value: str) -> Series:
     """
     if null_value not in ("zero", "nan", "none"):
         raise DataError(f"data.null_value={null_value!r}: choose zero, nan or none")
-    if null_value == "zero":
-        zeros = np.abs(series.values) <= 5e-5
-        series.values = np.where(zeros, np.nan, series.values).astype(np.float32)
+    series.values = without_nulls(series.values, null_value)
     missing = np.isnan(series.values)
     if null_value == "none" and missing.any():
         where = np.argwhere(missing)[0]
@@ -186,6 +199,23 @@ def mark_missing(series: Series, null_value: str) -> Series:
             f"{int(missing.sum())} cells are missing (first: {series.sensors[where[1]]!r} at {series.times[where[0]]}), but "
             "null_value=none promises that none is; set data.null_value=nan or zero"
         )
+    return series
+
+
+def without_nulls(values: np.ndarray, null_value: str) -> np.ndarray:
+    """Readings with NaN where the file means "missing"."""
+    return np.where(np.abs(values) <= 5e-5, np.float32(np.nan), values) if null_value == "zero" else values
+
+
+def keep_self_loops(series: Series) -> Series:
+    """Let every sensor listen to itself, as closely as to its nearest neighbour, and count those that the graph did not let."""
+    graph = series.adjacency
+    if graph is None or graph.diagonal().all():
+        return series
+    lost = graph.diagonal() == 0
+    series.adjacency = graph.copy()
+    series.adjacency[lost, lost] = graph.max() or 1.0
+    series.repairs["self_loops_missing"] = int(lost.sum())
     return series
 
 

@@ -46,9 +46,12 @@ class TrafficTableData(TrafficData):
 
     def read(self) -> Series:
         """The table on a regular clock, with coordinates and graph."""
-        times, values, sensors, zone = read_table(existing(self.path, "data.path"))
-        series = regular(times, values, sensors, step_minutes=self.step_minutes)
+        repairs: dict[str, int] = {}
+        path = existing(self.path, "data.path")
+        times, values, sensors, zone = read_table(path, null_value=self.null_value, repairs=repairs)
+        series = regular(times, values, sensors, step_minutes=self.step_minutes, null_value=self.null_value)
         series.zone = zone
+        series.repairs |= repairs
         if self.locations:
             series.coordinates = self._places(series.sensors)
             distances = great_circle_m(series.coordinates)

@@ -10,7 +10,7 @@ from data import create_data
 from data.errors import DataError
 from data.sampler import BatchKey
 from data.traffic_formats import read_distances, read_frame_h5, read_graph, read_pickled_graph, read_table
-from data.traffic_series import Series, check_adjacency, kernel_adjacency, regular
+from data.traffic_series import Series, check_adjacency, keep_self_loops, kernel_adjacency, regular
 
 pd = pytest.importorskip("pandas")
 
@@ -37,8 +37,8 @@ def metr(tmp_path):
 
 def test_h5_written_by_pandas_loads_identically(metr):
     path, table = metr
-    times, values, sensors = read_frame_h5(path)
-    assert sensors == list(table.columns)
+    times, values, sensors, zone = read_frame_h5(path)
+    assert sensors == list(table.columns) and zone is None
     assert (times == table.index.to_numpy().astype("datetime64[s]")).all()
     np.testing.assert_array_equal(values, table.to_numpy(np.float32))
 
@@ -48,9 +48,23 @@ def test_h5_with_integer_columns_and_mixed_blocks(tmp_path):
     table = frame(sensors=(7, 3, 5))
     table[3] = (table[3] * 0).astype("int64") + 4
     table.to_hdf(tmp_path / "mixed.h5", key="speed", mode="w")
-    _, values, sensors = read_frame_h5(tmp_path / "mixed.h5")
+    _, values, sensors, _ = read_frame_h5(tmp_path / "mixed.h5")
     assert sensors == ["7", "3", "5"]
     np.testing.assert_array_equal(values, table.to_numpy(np.float32))
+
+
+@pytest.mark.parametrize("zone", ["America/Los_Angeles", "UTC", "+12:00"])
+def test_h5_times_with_a_zone_come_back_on_the_local_clock(tmp_path, zone):
+    """pandas stores them in UTC: rush hours would lie eight hours off, and move with daylight saving."""
+    pytest.importorskip("tables")
+    table = frame(rows=400).tz_localize(zone)
+    table.to_hdf(tmp_path / "zone.h5", key="df", mode="w")
+    times, _, _, found = read_frame_h5(tmp_path / "zone.h5")
+    assert (times == table.index.tz_localize(None).to_numpy().astype("datetime64[s]")).all()
+    assert found == {"UTC": "+00:00"}.get(zone, zone)
+    data = create_data("metr_la", path=str(tmp_path / "zone.h5"))
+    data.setup()
+    assert data.preprocessing()["zone"] == found
 
 
 def test_real_counts_survive_the_h5_round_trip(tmp_path):
@@ -193,6 +207,25 @@ def test_step_is_measured_and_unfit_clocks_refused():
         regular(np.array(["NaT", "2024-01-01"], dtype="datetime64[s]"), np.ones((2, 1)), ["a"])
 
 
+def test_duplicate_rows_are_averaged_over_readings_alone():
+    twice = hours(3)[[0, 0, 1, 2]]
+    values = np.array([[0.0], [60.0], [4.0], [5.0]])
+    assert regular(twice, values, ["a"], null_value="zero").values[0, 0] == 60
+    assert regular(twice, values, ["a"]).values[0, 0] == 30
+
+
+def test_slots_of_half_minutes():
+    times = np.datetime64("2024-01-01T00:00:00") + np.arange(6) * np.timedelta64(30, "s")
+    assert regular(times, np.ones((6, 1)), ["a"]).week_slot.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_sensors_listen_to_themselves_whatever_the_graph_file_says():
+    graph = np.array([[0, 0.5], [0, 0.9]], np.float32)
+    series = keep_self_loops(Series(np.ones((2, 2), np.float32), hours(2), 60.0, ["a", "b"], adjacency=graph))
+    np.testing.assert_allclose(series.adjacency, [[0.9, 0.5], [0, 0.9]])
+    assert series.repairs == {"self_loops_missing": 1} and graph[0, 0] == 0
+
+
 def test_dead_sensors_are_dropped_and_counted_or_refused(tmp_path):
     values = np.arange(800.0).reshape(400, 2) + 1
     values[:300, 1] = np.nan
@@ -233,6 +266,23 @@ def test_long_and_wide_tables_agree(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(DataError, match="cannot read table .*empty.csv"):
         read_table(tmp_path / "empty.csv")
+
+
+def test_repairs_of_a_long_table_are_counted(tmp_path):
+    """Ids keep their zeros; a missing reading has no part in a mean; what is no number is counted or refused."""
+    (tmp_path / "t.csv").write_text(
+        "timestamp,sensor,value\n2024-01-01T00:00,010,0\n2024-01-01T00:00,010,60\n2024-01-01T00:00,9,5\n"
+        "2024-01-01T01:00,010,n.a.\n2024-01-01T01:00,9,7\n"
+    )
+    counted: dict[str, int] = {}
+    _, values, sensors, _ = read_table(tmp_path / "t.csv", null_value="zero", repairs=counted)
+    assert sensors == ["9", "010"] and counted == {"duplicate_rows": 1, "cells_without_number": 1}
+    np.testing.assert_array_equal(values, [[5, 60], [7, np.nan]])
+    (tmp_path / "t.csv").write_text(
+        "time,a,b\n2024-01-01T00:00,1,'3,5'\n2024-01-01T01:00,2,'3,6'\n".replace("'", '"')
+    )
+    with pytest.raises(DataError, match="'b' holds no number"):
+        read_table(tmp_path / "t.csv")
 
 
 def test_zones_of_timestamps_are_kept_and_unlike_ones_refused(tmp_path):
@@ -279,18 +329,25 @@ def test_largest_sums_steps_and_cuts_a_district(tmp_path):
         {"ID": [3, 1, 2], "Lat": [37.0, 38, 39], "Lng": [-120.0, -121, -122], "District": [4, 7, 4]}
     ).to_csv(tmp_path / "meta.csv", index=False)
     np.save(tmp_path / "adj.npy", np.eye(3) + np.diag([0.5, 0.5], 1))
-    data = create_data(
-        "largest",
-        path=str(tmp_path / "ca.h5"),
-        meta=str(tmp_path / "meta.csv"),
-        adjacency=str(tmp_path / "adj.npy"),
-        district=4,
-    )
+    files = {
+        "path": str(tmp_path / "ca.h5"),
+        "meta": str(tmp_path / "meta.csv"),
+        "adjacency": str(tmp_path / "adj.npy"),
+    }
+    data = create_data("largest", **files, district=4, combine="sum")
     data.setup()
     assert data.labels == ["2", "3"] and data.series.step_minutes == 15 and len(data.series.values) == 200
     np.testing.assert_allclose(data.series.values[0], table.iloc[:3, 1:].sum(), rtol=1e-6)
     np.testing.assert_allclose(data.series.coordinates, [[39, -122], [37, -120]])
-    np.testing.assert_allclose(data.adjacency(), [[1, 0.5], [0, 1]])
+    everywhere = create_data("largest", **files)
+    everywhere.setup()
+    # The metadata, and so the matrix, list 3, 1, 2: sensor 3 listens to 1, and 1 to 2.
+    np.testing.assert_allclose(everywhere.adjacency(), [[1, 0.5, 0], [0, 1, 0], [0.5, 0, 1]])
+    np.testing.assert_array_equal(everywhere.series.values[0], table.iloc[:3].mean().round())
+    assert everywhere.series.values[1, 0] == table.iloc[[3, 5], 0].mean().round()  # row 4 is a gap
+    np.testing.assert_allclose(data.adjacency(), [[1, 0], [0, 1]])
+    with pytest.raises(DataError, match="35 minutes do not divide a day"):
+        create_data("largest", **files, aggregate=7).setup()
 
 
 def test_dcrnn_windows_come_back_as_they_are(tmp_path):
@@ -310,6 +367,14 @@ def test_dcrnn_windows_come_back_as_they_are(tmp_path):
     np.testing.assert_array_equal(batch["history"], x[[0, 8], ..., 0])
     np.testing.assert_array_equal(batch["target"], y[[0, 8], ..., 0])
     assert batch["clock"].tolist() == [0, 56] and len(data.dataset("train")) == 30
+    for split, (x, y) in files.items():
+        days = np.broadcast_to((np.arange(len(x)) % 7 / 7)[:, None, None, None], (*x.shape[:3], 1))
+        np.savez(tmp_path / f"{split}.npz", x=np.concatenate((x, days), -1), y=y)
+    with pytest.raises(DataError, match="weekday_scale=7"):
+        create_data("dcrnn_windows", root=str(tmp_path)).setup()
+    week = create_data("dcrnn_windows", root=str(tmp_path), weekday_scale=7)
+    week.setup()
+    assert week.dataset("test")[BatchKey(np.array([0, 8]), -1, 0)]["clock"].tolist() == [0, 288 + 56]
     with pytest.raises(DataError, match="history_steps=12"):
         create_data("dcrnn_windows", root=str(tmp_path), history_steps=6).setup()
 

@@ -220,6 +220,11 @@ def test_mask_and_sparse_gman_agree():
     assert not torch.allclose(free(**x), mask(**x), atol=1e-2)
 
 
+def test_edges_beside_values_from_features_alone():
+    """The paper's size with sparse attention was refused by its own temporal attention, which got no values."""
+    assert build("gman", size="paper", graph="sparse", depth=1)(**inputs()).isfinite().all()
+
+
 def test_isolated_sensors_do_not_mix():
     model = build("staeformer", graph="mask")
     model.graph.set_graph(torch.eye(N))

@@ -79,20 +79,21 @@ class SpatioTemporalBlock(nn.Module):
         common: dict[str, Any] = {"head_dim": d}
         if o["value_input"] == "features":
             common["value_dim"] = dim
+        # Values from H beside E whatever `value_input` says: edges have one projection for all three, and groups are pooled
+        # with what they are compared by.
+        self.spatial_value = o["value_input"] == "features" and o["graph"] != "sparse" and not o["group_size"]
         if o["graph"] == "sparse":
             self.spatial: nn.Module = SparseGraphAttention(2 * dim, heads, head_dim=d)
         elif o["group_size"]:
             size = max(0, o["group_size"])
-            # Values from H beside E whatever `value_input` says: groups are pooled with what they are compared by.
             self.spatial = GroupAttention(
                 attention["spatial"], 2 * dim, heads, num_nodes=sensors, group_size=size, head_dim=d
             )
         else:
             self.spatial = attention["spatial"](2 * dim, heads, length=sensors, **common)
-        self.separate = o["value_input"] == "features" and o["graph"] != "sparse"
-        self.grouped = bool(o["group_size"])
+        self.temporal_value = o["value_input"] == "features"
         self.temporal = attention["temporal"](2 * dim, heads, length=o["steps"], **common)
-        inner = [self.spatial.within, self.spatial.between] if self.grouped else [self.spatial]
+        inner = [self.spatial.within, self.spatial.between] if o["group_size"] else [self.spatial]
         for module in (*inner, self.temporal):
             official_projections(module, dim, o)
         self.gate_spatial = nn.Linear(dim, dim, bias=False)
@@ -104,12 +105,12 @@ class SpatioTemporalBlock(nn.Module):
         batch, steps, sensors, dim = h.shape
         z = torch.cat((h, e), dim=-1)
         flat = z.reshape(batch * steps, sensors, 2 * dim)
-        value = (
-            {"value": h.reshape(batch * steps, sensors, dim)} if self.separate and not self.grouped else {}
-        )
+        value = {"value": h.reshape(batch * steps, sensors, dim)} if self.spatial_value else {}
         over_sensors = self.spatial(flat, **value, **spatial).view(batch, steps, sensors, dim)
         flat = z.transpose(1, 2).reshape(batch * sensors, steps, 2 * dim)
-        value = {"value": h.transpose(1, 2).reshape(batch * sensors, steps, dim)} if self.separate else {}
+        value = (
+            {"value": h.transpose(1, 2).reshape(batch * sensors, steps, dim)} if self.temporal_value else {}
+        )
         over_time = self.temporal(flat, **value).view(batch, sensors, steps, dim).transpose(1, 2)
         gate = torch.sigmoid(self.gate_spatial(over_sensors) + self.gate_temporal(over_time))
         mixed = torch.lerp(over_time, over_sensors, gate)

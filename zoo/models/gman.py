@@ -59,7 +59,7 @@ class Gman(nn.Module):
         head_dim: d.
         temporal_causal: Steps look back only, in encoder and decoder.
         value_input: Values of spatial and temporal attention: "features" (H, the paper's eq. 7) or "joint" (H beside E,
-            the code).
+            the code); over sensors joint in any case with `graph=sparse` and in groups.
         extra_dense: Two dense layers after each attention, as in the code.
         norm: "batch" as published, "layer" or "none", after each projection.
         output_dropout: Dropout before both output layers.
