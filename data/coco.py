@@ -11,6 +11,7 @@ import numpy as np
 
 from data import register_data
 from data.carriers import sha256_of
+from data.detection_base import VOID
 from data.detection_files import FileScenes
 from data.detection_records import Record, clean_boxes
 from data.errors import DataError
@@ -45,6 +46,25 @@ class CocoData(FileScenes):
         self.files = {"train": train, "val": val, "test": test}
         self.images = images
         self.category_ids: list[int] = []
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Boxes, and masks where there are any; a task on boxes spares their painting."""
+        return frozenset(("boxes",) if self.target == "boxes" or self._why_no_masks() else ("boxes", "masks"))
+
+    def require(self, target: str, task: str) -> None:
+        """As for all scenes; says why there are no masks."""
+        if target == "masks" and (reason := self._why_no_masks()):
+            raise DataError(f"data {self.name!r} has no masks, which task {task!r} trains on: {reason}")
+        super().require(target, task)
+
+    def _why_no_masks(self) -> str:
+        self.setup()
+        if len(self.labels) >= VOID:
+            return f"{len(self.labels)} categories, a mask tells {VOID - 1} classes and void apart"
+        if not any(s for records in self._records.values() for r in records for s in r.segments or ()):
+            return "no annotation has a segmentation"
+        return ""
 
     def read(self) -> tuple[dict[str, list[Record]], list[str]]:
         """Records of every file that is named."""

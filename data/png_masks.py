@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class PngMasksData(FileScenes):
                 f"; skipped {len(self.skipped)}: {next(iter(self.skipped.values()))}" if self.skipped else ""
             )
             raise DataError(f"no image with a mask under {top}{why}")
+        if not self.mapping:
+            refuse_binary(r.mask for own in records.values() for r in own)
         names = class_names(self.classes, root)
         if names is None:
             highest = 0
@@ -145,6 +148,25 @@ def read_classes(path: Path, classes: int | None = None) -> np.ndarray:
         raise DataError(f"mask {path} holds value {int(values.max())}; values go up to 254, and 255 is void")
     values = values.astype(np.uint8)
     return values if classes is None else check_classes(values, classes, path)
+
+
+def refuse_binary(masks: Iterable[Path]) -> None:
+    """Refuse masks of 0 and 255 alone: tools write 255 for an object, here it is void, and one class would be left.
+
+    Raises:
+        DataError: No mask has any other value, and some have 255.
+    """
+    void = None
+    for path in masks:
+        values = read_classes(path)
+        if ((values != 0) & (values != VOID)).any():
+            return
+        void = path if void is None and (values == VOID).any() else void
+    if void is not None:
+        raise DataError(
+            f"the masks, {void} among them, hold nothing but 0 and 255, and 255 is void; where it means a class, use "
+            "data=png_masks with data.mapping={0: 0, 255: 1}"
+        )
 
 
 def check_classes(values: np.ndarray, classes: int, path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from data.detection_base import VOID
 from data.detection_files import FileScenes
 from data.detection_records import Record, clean_boxes, image_size_of
 from data.errors import DataError
-from data.png_masks import read_classes
+from data.png_masks import read_classes, refuse_binary
 
 
 @register_data("voc")
@@ -94,6 +94,7 @@ class VocData(FileScenes):
                 root / "JPEGImages" / (mask.stem + ".jpg"),
             )
             records[mask.stem] = Record(path=path, size=image_size_of(mask), mask=mask)
+        refuse_binary(files)
         if names is None:
             top = max(int(v) for m in files for v in np.unique(read_classes(m)) if v != VOID)
             names = [f"class_{i}" for i in range(1, top + 1)]

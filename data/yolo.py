@@ -20,7 +20,8 @@ from zoo.predict.images import SUFFIXES
 class YoloData(FileScenes):
     """`images/<split>/*.jpg` with `labels/<split>/*.txt`; lines `class cx cy w h`, relative to the image.
 
-    Without split folders the images of `images/` are divided. An image without a text file has no objects.
+    A polygon, `class x1 y1 x2 y2 x3 y3 ...`, becomes the box around it; a score after a box is left out. Without split folders the
+    images of `images/` are divided. An image without a text file has no objects.
 
     Args:
         classes: Class names in order, or a file with one per line; `classes.txt` by default.
@@ -49,6 +50,10 @@ class YoloData(FileScenes):
         for split, folder in splits.items():
             files = sorted(f for f in folder.glob("*") if f.suffix.lower() in SUFFIXES)
             labels = root / "labels" / folder.relative_to(root / "images")
+            if files and not any((labels / f"{f.stem}.txt").is_file() for f in files):
+                raise DataError(
+                    f"no label file of any image in {folder}: expected {labels / files[0].stem}.txt"
+                )
             records[split] = [
                 r for f in files if (r := self._record(f, labels / f"{f.stem}.txt", names)) is not None
             ]
@@ -68,14 +73,17 @@ class YoloData(FileScenes):
             if not line.strip():
                 continue
             try:
-                label, cx, cy, w, h = (float(v) for v in line.split()[:5])
+                label, *place = (float(v) for v in line.split())
+                box = _corners(place)
             except ValueError:
-                raise DataError(f"{text}:{number}: expected `class cx cy w h`, found {line!r}") from None
-            if label != int(label) or not 0 <= label < len(names):
+                raise DataError(
+                    f"{text}:{number}: expected `class cx cy w h` or a polygon `class x1 y1 x2 y2 x3 y3 ...`, found {line!r}"
+                ) from None
+            if not 0 <= label < len(names) or label != int(label):
                 raise DataError(
                     f"{text}:{number}: class {label:g} is outside 0 .. {len(names) - 1}, see data.classes"
                 )
-            rows.append([label, cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+            rows.append([label, *box])
             where.append(f"{text.name}:{number}")
         table = np.array(rows, dtype=float).reshape(-1, 5)
         corners = table[:, 1:] * np.tile(size[::-1], 2)
@@ -88,3 +96,14 @@ class YoloData(FileScenes):
             crowd=np.zeros(int(good.sum()), dtype=bool),
             area=(boxes[good, 2:] - boxes[good, :2]).prod(1),
         )
+
+
+def _corners(place: list[float]) -> tuple[float, float, float, float]:
+    """Corners of a box `cx cy w h`, with or without a score, or around a polygon `x1 y1 x2 y2 x3 y3 ...`."""
+    if len(place) in (4, 5):
+        cx, cy, w, h = place[:4]
+        return cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    if len(place) < 6 or len(place) % 2:
+        raise ValueError(f"{len(place)} numbers")
+    x, y = place[0::2], place[1::2]
+    return min(x), min(y), max(x), max(y)

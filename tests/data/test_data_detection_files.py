@@ -126,6 +126,30 @@ def test_training_batches_repeat(tmp_path):
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
+def test_masks_are_painted_for_those_who_ask_for_them(tmp_path):
+    content = json.loads((coco_folder(tmp_path) / "annotations.json").read_text())
+    content["categories"] += [{"id": i, "name": str(i)} for i in range(100, 400)]
+    content["annotations"][0]["category_id"] = 390
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    data = create_data("coco", root=str(tmp_path), image_size=32)
+    with pytest.raises(DataError, match="302 categories.*254"):
+        data.require("masks", "segmentation")
+    sample = data.sample(all_records(data)["0.png"], train=False)
+    assert "mask" not in sample and sample["labels"].tolist() == [292]
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    content["categories"] = content["categories"][:2]
+    content["annotations"] = content["annotations"][1:]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="'segmentation' trains on: no annotation has a segmentation"):
+        create_data("coco", root=str(tmp_path)).require("masks", "segmentation")
+    data = create_data("coco", root=str(coco_folder(tmp_path)))
+    assert data.provides == {"boxes", "masks"}
+    data.require("boxes", "detr")
+    assert "mask" not in data.dataset("train")[key()]
+
+
 def test_run_lengths_plain_and_compressed():
     mask = np.zeros((4, 5), dtype=bool)
     mask[1:3, 2:4] = True
@@ -225,6 +249,21 @@ def test_yolo_lines(tmp_path):
             create_data("yolo", root=str(tmp_path)).setup()
 
 
+def test_yolo_polygons_become_their_boxes(tmp_path):
+    for i in range(3):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+    with pytest.raises(DataError, match="no label file .*labels"):
+        create_data("yolo", root=str(tmp_path), classes=["cat"]).setup()
+    (tmp_path / "labels").mkdir()
+    lines = "0 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75\n0 0.5 0.5 0.5 0.25 0.9\n"  # the second ends with a score
+    (tmp_path / "labels" / "0.txt").write_text(lines)
+    data = create_data("yolo", root=str(tmp_path), classes=["cat"])
+    assert all_records(data)["0.png"].boxes.tolist() == [[15, 10, 45, 30], [15, 15, 45, 25]]
+    (tmp_path / "labels" / "0.txt").write_text("0 0.5 0.5 0.5 0.25 0.9 0.1 0.3\n")
+    with pytest.raises(DataError, match="0.txt:1.*polygon"):
+        create_data("yolo", root=str(tmp_path), classes=["cat"]).setup()
+
+
 def masks_folder(root, values, mode="P"):
     for i in range(3):
         write_image(root / "images" / f"{i}.jpg", 6, 8, seed=i)
@@ -251,6 +290,12 @@ def test_png_masks_palette_void_and_mapping(tmp_path):
     with pytest.raises(DataError, match="0.png holds value 2, but there are 2 classes"):
         data = create_data("png_masks", root=root, classes=["background", "a"])
         data.pixel_classes(all_records(data)["0.jpg"])
+    masks_folder(tmp_path / "binary", [0, 255])
+    for options in ({}, {"classes": ["background", "lesion"]}):
+        with pytest.raises(DataError, match=r"nothing but 0 and 255.*data.mapping=\{0: 0, 255: 1\}"):
+            create_data("png_masks", root=str(tmp_path / "binary"), **options).setup()
+    data = create_data("png_masks", root=str(tmp_path / "binary"), mapping={0: 0, 255: 1})
+    assert data.pixel_classes(all_records(data)["0.jpg"])[0, :4].tolist() == [0, 1, 0, 1]
     with pytest.raises(DataError, match="data.mapping holds -1"):
         create_data("png_masks", root=root, mapping={-1: 0})
     Image.new("RGB", (8, 6)).save(tmp_path / "masks" / "1.png")
