@@ -66,8 +66,8 @@ class IhdpData(ZooData):
         self._scale: dict[str, Any] = {}
 
     def generate(self) -> dict[str, np.ndarray]:
-        """Draw a table from ``split_seed``: mu0 = exp((x + 1/2) b), mu1 = x b - w, with w such that treating the
-        treated gains 4 on average.
+        """Draw a table from ``split_seed``: mu0 = exp(x b), mu1 = x b - w, with w such that treating the treated gains 4 on
+        average. Hill adds 1/2 to every covariate under exp; here that factor is divided out again.
         """
         draw = np.random.RandomState(self.split_seed)
         n = self.rows
@@ -96,7 +96,17 @@ class IhdpData(ZooData):
             if self.replication >= count:
                 raise DataError(f"data.replication={self.replication}: the file has 0 .. {count - 1}")
             found = {f: a[..., self.replication] for f, a in found.items()}
-        return {f: a.reshape(len(a), -1) if f == "x" else a.reshape(-1) for f, a in found.items()}
+        found = {f: a.reshape(len(a), -1) if f == "x" else a.reshape(-1) for f, a in found.items()}
+        for field, array in found.items():
+            if len(array) != len(found["x"]):
+                raise DataError(
+                    f"{self.path}: x has {len(found['x'])} rows, but {field} has {len(array)} numbers"
+                )
+            if not np.isfinite(array).all():
+                raise DataError(
+                    f"{self.path}: {field} holds empty or infinite values; fill them or drop their rows"
+                )
+        return found
 
     def load(self) -> dict[str, Dataset]:
         """Read or generate, split 60/20/20, standardise by training rows."""

@@ -171,6 +171,10 @@ class TableData(TabularData):
         found["train"] = order[count:]
         return found
 
+    def preprocessing(self) -> dict[str, Any]:
+        """As the base class; with the words that will mean a missing value in files to predict, too."""
+        return {**super().preprocessing(), "missing_words": list(self.missing_words)}
+
     def make_schema(self, frame: pd.DataFrame, train: pd.DataFrame) -> Any:
         """As the base class; printed."""
         schema = super().make_schema(frame, train)

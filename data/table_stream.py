@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from data import carriers, register_data, tabular_baselines
 from data.base import SPLITS, DataError, SplitDataset, check_at_least
 from data.tabular_table import TabularData, _Batches
-from zoo.tabular.columns import MISSING_WORDS, check_columns
+from zoo.tabular.columns import MISSING_WORDS, check_columns, check_header
 from zoo.tabular.preprocess import Preprocessor
 from zoo.tabular.schema import infer_schema
 
@@ -82,9 +82,11 @@ class TableStreamData(TabularData):
                 for batch in file.iter_batches(self.piece_rows):
                     yield batch.to_pandas()
         elif name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
+            separator = "\t" if ".tsv" in name else ","
+            check_header(self.path, separator)
             yield from pd.read_csv(
                 self.path,
-                sep="\t" if ".tsv" in name else ",",
+                sep=separator,
                 na_values=list(MISSING_WORDS),
                 keep_default_na=False,
                 skipinitialspace=True,

@@ -131,7 +131,12 @@ class TabularData(ZooData):
         everything = infer_schema(frame, names, columns=columns, target_kinds=kinds).targets
         for seen, full in zip(schema.targets, everything, strict=True):
             lost = [c for c in full.classes if c not in seen.classes]
-            if seen.kind != full.kind or lost:
+            if seen.kind != full.kind and "regression" in (seen.kind, full.kind):
+                raise DataError(
+                    f"target {seen.name!r} looks like {seen.kind} in the training rows and like {full.kind} in all rows; "
+                    f"say which with data.target_kind={{{seen.name}: {full.kind}}}"
+                )
+            if lost:
                 raise DataError(
                     f"target {seen.name!r}: class {', '.join(map(repr, lost[:5]))} has no training row (of "
                     f"{len(frame)} rows in all); drop or merge such rare classes, or set data.rare_classes=drop"

@@ -116,7 +116,6 @@ class _TabularTask(ZooTask):
         if split == "test":
             with scores.sync_context():  # of all processes
                 self.test_predictions, self.test_truth = scores.gathered()
-        if split == "test" and len(self.targets) == 1:
             for target, p, y in zip(self.targets, self.test_predictions, self.test_truth, strict=True):
                 name = MAIN[target.kind][0] + suffix(target, self.targets)
                 values[f"{name}_low"], values[f"{name}_high"] = interval(target.kind, p, y)

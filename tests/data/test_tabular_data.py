@@ -15,6 +15,7 @@ from data.tabular_baselines import tabular_baselines
 from zoo.errors import DataError as ZooDataError
 from zoo.tabular import Preprocessor, Target, infer_schema, score_target
 from zoo.tabular.bins import bin_edges
+from zoo.tabular.columns import as_words
 from zoo.tabular.scores import interval
 
 ANY = (DataError, ZooDataError)
@@ -106,6 +107,16 @@ def test_errors_show_the_way_out(tmp_path, change, options, words):
         make(tmp_path, table, **{"target": "rich", **options})
 
 
+def test_a_target_of_few_values_in_training_alone_is_to_be_declared(tmp_path):
+    table = frame()
+    table["rich"] = np.arange(400) % 20
+    order = np.random.RandomState(0).permutation(len(table))
+    table.loc[order[-1], "rich"] = 20
+    with pytest.raises(ANY, match="data.target_kind={rich: regression}"):
+        make(tmp_path, table)
+    make(tmp_path, table, target_kind={"rich": "regression"})
+
+
 def test_rare_classes_can_be_dropped(tmp_path):
     table = frame()
     table.loc[5, "rich"] = "only"
@@ -179,6 +190,25 @@ def test_unseen_and_missing_words(tmp_path):
     new = pd.DataFrame({"age": [30.0] * 4, "height": [170.0] * 4, "town": ["Bonn", "Nowhere", None, "?"]})
     codes = p.encode(new)["categorical"][:, 0]
     assert codes[1] == 0 and codes[2] == codes[3] > 0 and codes[0] not in (0, codes[2])
+
+
+def test_a_word_is_the_same_however_the_file_around_it_is_read(tmp_path):
+    """Beside a word pandas reads text, in a file of numbers alone numbers: 007, 7 and 7.0 are then one word."""
+    table = frame().assign(code=["007", "8", "x", "9.0", "+5", "5"] * 66 + ["x"] * 4)
+    p = make(tmp_path, table).preprocessor
+    place = p.schema.categorical.index("code")
+
+    def codes(values):
+        rows = frame()[: len(values)].assign(code=values)
+        return p.encode(rows)["categorical"][:, place].tolist()
+
+    text = codes(["007", "8", "9.0", "5"])
+    assert 0 not in text and codes([7, 8, 9, 5]) == codes(["7", "8.0", "9", "5"]) == text
+    assert codes(["05", "5.5", "y"]) == [0, 0, 0]  # training told +5 and 5 apart
+
+
+def test_infinity_is_a_word_of_a_categorical_column():
+    assert as_words(pd.Series([1.0, np.inf, np.nan, 2.5])).tolist() == ["1", "inf", None, "2.5"]
 
 
 def test_gaps_become_a_mask_or_an_indicator(tmp_path):
@@ -366,6 +396,14 @@ def test_a_stream_holds_the_same_rows_as_a_table_in_memory(tmp_path, suffix):
         np.testing.assert_allclose(a["numerical"], b["numerical"], atol=1e-5)
     assert stream.compute_baselines()["logistic_regression"]["auc"] > 0.8
     assert isinstance(stream.arrays["numerical"], np.memmap)
+
+
+def test_a_stream_refuses_repeated_column_names(tmp_path):
+    from data.table_stream import TableStreamData
+
+    path = write(tmp_path, frame().rename(columns={"height": "age"}))
+    with pytest.raises(ANY, match="'age' occurs 2 times"):
+        TableStreamData(path=path, target="rich", scratch=str(tmp_path / "s")).setup()
 
 
 def test_a_stream_does_not_hold_the_file(tmp_path):

@@ -129,6 +129,22 @@ def test_weights_predict_files_as_the_test_said(finished, tmp_path):
         predictor.predict(test[:0])
 
 
+def test_words_for_missing_values_travel_with_the_weights(tmp_path):
+    frame = table()
+    frame["a"] = frame["a"].fillna(-999)
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    data = TableData(
+        path=str(tmp_path / "new.csv"),
+        target="label",
+        columns={"price": "ignore", "grade": "ignore"},
+        missing_words=["-999.0"],
+        show_schema=False,
+    )
+    card = {"preprocessing": json.loads(json.dumps(data.preprocessing()))}
+    found = TaskPredictor(torch.nn.Identity(), card).preprocess(str(tmp_path / "new.csv"))
+    assert found["missing"][:, 0].sum() == 56 == table()["a"].isna().sum()
+
+
 @pytest.mark.parametrize("target", ["price", "label", "grade"])
 def test_losses_and_readings_of_each_kind(tmp_path, target):
     data = make_data(tmp_path, target)
@@ -253,7 +269,10 @@ def test_multitask_trains_on_mixed_kinds(tmp_path, capsys):
     )
     assert status == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert {"score_mean", "gain_percent", "rmse_price", "auc_label", "accuracy_grade"} <= set(result["test"])
+    test = result["test"]
+    assert {"score_mean", "gain_percent"} <= set(test)
+    for name in ("rmse_price", "auc_label", "accuracy_grade"):
+        assert test[f"{name}_low"] <= test[name] <= test[f"{name}_high"]
     assert "single_task_mlp" in result["baselines"]
 
 
@@ -346,6 +365,10 @@ def test_ihdp_files(tmp_path):
     np.testing.assert_array_equal(again.raw["x"], data.raw["x"][::-1])
     with pytest.raises(ValueError, match=r"0 \.\. 1"):
         IhdpData(path=str(tmp_path / "ihdp.npz"), replication=2).setup()
+    for words, change in (("yf has 120", {"yf": stacked["yf"]}), ("mu0 holds", {"mu0": np.full(60, np.nan)})):
+        np.savez(tmp_path / "odd.npz", **{**data.raw, **change})
+        with pytest.raises(ValueError, match=words):
+            IhdpData(path=str(tmp_path / "odd.npz")).setup()
     np.savez(tmp_path / "bad.npz", x=stacked["x"])
     with pytest.raises(ValueError, match="expected the arrays x, t, yf, mu0, mu1, found x"):
         IhdpData(path=str(tmp_path / "bad.npz")).setup()

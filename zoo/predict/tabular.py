@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zoo.errors import DataError
 from zoo.predict import Predictor
-from zoo.tabular.columns import read_table
+from zoo.tabular.columns import MISSING_WORDS, read_table
 from zoo.tabular.outputs import readings
 from zoo.tabular.preprocess import Preprocessor
 
@@ -48,7 +48,7 @@ class TaskPredictor(Predictor):
         import pandas as pd
 
         if isinstance(raw, str | Path):
-            return read_table(raw)
+            return read_table(raw, missing_words=self.preprocessing.get("missing_words", MISSING_WORDS))
         if isinstance(raw, Mapping):
             return pd.DataFrame([dict(raw)])
         if isinstance(raw, pd.DataFrame):

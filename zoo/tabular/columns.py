@@ -34,8 +34,7 @@ def read_table(path: str | Path, *, missing_words: Sequence[str] = MISSING_WORDS
             frame = pd.read_parquet(path)
         elif name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")):
             separator = "\t" if ".tsv" in name else ","
-            header = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
-            check_names([str(c) for c in header.iloc[0]], str(path))
+            check_header(path, separator)
             frame = pd.read_csv(
                 path,
                 sep=separator,
@@ -54,6 +53,14 @@ def read_table(path: str | Path, *, missing_words: Sequence[str] = MISSING_WORDS
     if not len(frame):
         raise DataError(f"table {path} has no rows")
     return frame
+
+
+def check_header(path: Path, separator: str) -> None:
+    """Raise DataError for a column name that occurs more than once in a text file, which pandas would rename."""
+    import pandas as pd
+
+    header = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    check_names([str(c) for c in header.iloc[0]], str(path))
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -114,7 +121,7 @@ def as_words(column: pd.Series) -> np.ndarray:
     if column.dtype.kind in "fiu":
         values = zip(column.tolist(), missing, strict=True)
         words = np.array(
-            ["" if m else str(int(v)) if v == int(v) else repr(v) for v, m in values], dtype=object
+            ["" if m else str(int(v)) if float(v).is_integer() else repr(v) for v, m in values], dtype=object
         )
     else:
         words = column.astype(str).str.strip().to_numpy(dtype=object).copy()

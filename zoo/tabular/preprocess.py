@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 NORMALISATIONS = ("quantile", "standard", "none")
 MISSING_WORD = "<missing>"
 NOISE = 1e-5
+_PLAIN_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 
 
 class Preprocessor:
@@ -186,7 +190,14 @@ class Preprocessor:
     @staticmethod
     def _codes(words: np.ndarray, known: list[str]) -> np.ndarray:
         table = {w: i + 1 for i, w in enumerate(known)}
-        return np.array([table.get(MISSING_WORD if w is None else w, 0) for w in words], dtype=np.int64)
+        # Whether pandas reads a column as text or as numbers depends on the other rows of a file: 007, 7 and 7.0 are one word,
+        # unless training told them apart.
+        counts = Counter(map(_plain_number, known))
+        alike = {_plain_number(w): code for w, code in table.items() if counts[_plain_number(w)] == 1}
+        alike[None] = 0
+        filled = (MISSING_WORD if w is None else w for w in words)
+        codes = [table.get(w) or alike.get(_plain_number(w), 0) for w in filled]
+        return np.array(codes, dtype=np.int64)
 
     def encode_target(self, frame: pd.DataFrame, target: Any) -> np.ndarray:
         """One target as float64 [N]: class numbers, or values on their own scale.
@@ -241,6 +252,10 @@ class Preprocessor:
         for name in ("fill", "points", "words", "gaps", "edges"):
             setattr(new, name, content[name])
         return new
+
+
+def _plain_number(word: str) -> Decimal | None:
+    return Decimal(word) if _PLAIN_NUMBER.fullmatch(word) else None
 
 
 def quantile_normal(x: np.ndarray, points: np.ndarray) -> np.ndarray:
