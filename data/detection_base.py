@@ -24,6 +24,7 @@ class SceneData(ZooData):
         size: int64 [B, 2], height and width of `image` that is no padding.
         index: int64 [B], place in the split.
         mask: int64 [B, H, W], class per pixel in `mask_labels`; VOID (255) where it does not count.
+        original_mask: uint8 [h, w] of each image before it was resized; in evaluation, where images are resized.
 
     Attributes:
         provides: Which targets there are, "boxes" and "masks".

@@ -141,10 +141,12 @@ class FileScenes(SceneData):
         }
         if "masks" in self.provides:
             out["mask"] = torch.stack([s["mask"] for s in samples])
+            if key.epoch < 0:
+                out["original_mask"] = [s["original_mask"] for s in samples]
         return out
 
     def sample(self, record: Record, *, train: bool) -> dict[str, Tensor]:
-        """Image, boxes, labels, size and mask of one record, scaled and padded."""
+        """Image, boxes, labels, size and mask of one record, scaled and padded; with masks also `original_mask`, as the file has it."""
         image = read_image(record.path, tuple(record.size))
         height, width = image.shape[-2:]
         if (height, width) != tuple(record.size):
@@ -152,14 +154,16 @@ class FileScenes(SceneData):
                 f"{record.path} has {height} x {width} pixels, its annotation says {record.size[0]} x {record.size[1]}"
             )
         real = ~record.crowd
-        return prepare(
+        mask = torch.from_numpy(self.pixel_classes(record)) if "masks" in self.provides else None
+        out = prepare(
             image,
             torch.from_numpy(record.boxes[real]).float().reshape(-1, 4),
             torch.from_numpy(record.labels[real]),
-            torch.from_numpy(self.pixel_classes(record)) if "masks" in self.provides else None,
+            mask,
             side=self._size,
             steps=self._augmentations() if train else [],
         )
+        return out if mask is None else {**out, "original_mask": mask}
 
     def _augmentations(self) -> list[Any]:
         boxes = "boxes" in self.provides

@@ -4,13 +4,16 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from scene_standins import small_scenes
+from scene_standins import small_scenes, write_image
 
+from data import create_data
 from tasks._vision_metrics import SegmentationScores
 from tasks.segmentation import Segmentation, segmentation_losses
 from zoo.attention.registry import list_attention
@@ -175,6 +178,25 @@ def test_windows_in_validation():
     assert int(task.metrics["valid"]["scores"].counts.sum()) == batch["mask"].numel()
     with pytest.raises(ConfigError, match=r"task\.window=0"):
         Segmentation(make(), data, window=0)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_files_are_scored_at_their_own_resolution(tmp_path, window):
+    for i in range(3):
+        write_image(tmp_path / "images" / f"{i}.png", 40, 60, seed=i)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask = np.full((40, 60), 1, np.uint8)
+        mask[:, :15], mask[0] = 0, 255
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+    data = create_data("png_masks", root=str(tmp_path), image_size=20, eval_batch_size=1)
+    task = Segmentation(make(num_classes=2).eval(), data, window=window)
+    # The first 5 of 20 columns, which show 15 of 60.
+    task.model.forward = lambda images: F.one_hot((images[:, 0] < 9).long(), 2).movedim(-1, 1).float() * 50
+    batch = next(iter(data.test_dataloader()))
+    assert batch["size"].tolist() == [[13, 20]]
+    batch["image"][:], batch["image"][..., :5] = 0, 10
+    task.update_metrics(batch, task.metrics["test"], "test")
+    assert task.metrics["test"]["scores"].counts.tolist() == [[39 * 15, 0], [0, 39 * 45]]
 
 
 def test_figures_and_card(tmp_path):
