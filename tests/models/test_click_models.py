@@ -121,6 +121,18 @@ def test_hard_search_keeps_the_latest_of_the_category() -> None:
         assert place[row][real[row]].tolist() == same.tolist()
 
 
+def test_equal_distances_of_eta_go_to_the_later_behaviour() -> None:
+    model = make("eta", top_k=5, hash_bits=4)
+    item, category, items, categories = batch(length=20)
+    pad = torch.zeros(3, 10, dtype=torch.long)
+    short = model.search(item, category, items, categories)[0]
+    long = model.search(item, category, torch.cat((pad, items), 1), torch.cat((pad, categories), 1))[0]
+    assert torch.equal(long - 10, short)
+    scores = torch.tensor([[2.0, 4, 2, 2, float("-inf")]])
+    place, found = model.select(scores, 3)
+    assert place.tolist() == [[1, 2, 3]] and found.all()
+
+
 def test_eta_distance_is_that_of_the_codes() -> None:
     model = make("eta")
     item, category, items, categories = batch()

@@ -73,3 +73,9 @@ class Eta(ClickModel):
         zero, ages = self._ages(items)
         own, theirs = self.codes(item, category, zero), self.codes(items, categories, ages)
         return (theirs @ own[:, :, None])[..., 0]  # bits - 2 * Hamming distance
+
+    @staticmethod
+    def select(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """As for all; of equal distances, which are many, the later behaviours are kept, whatever padding there is."""
+        later = torch.arange(scores.shape[1], device=scores.device, dtype=torch.float64) / scores.shape[1]
+        return ClickModel.select(scores + later, keep)
