@@ -109,8 +109,8 @@ def convert(
     """
     if objective not in ("output", "map"):
         raise ConfigError(f"objective={objective!r}: choose output or map")
-    cls = get_attention(attention)
-    if objective == "map" and (not cls.capabilities.has_map or cls.capabilities.signed_map):
+    can = get_attention(attention).capabilities_with(**options or {})
+    if objective == "map" and (not can.has_map or can.signed_map):
         raise CapabilityError(f"attention {attention!r} has no non-negative map; use objective='output'")
     places = _places(model)
     chosen = range(len(places)) if layers is None else layers

@@ -6,7 +6,9 @@ from variants import inputs
 
 from kernels import linear as kernel
 from zoo.attention import Pattern, create_attention
-from zoo.errors import ConfigError
+from zoo.attention.slots import resolve_slots
+from zoo.errors import CapabilityError, ConfigError
+from zoo.models.registry import model_slots
 
 # dpfp with one shift is left out: its features can all be zero, and such a row has no weights.
 POSITIVE = ["elu1", "relu", "sqrelu", "exp", "softplus", "t2r", "dpfp2", "dpfp3"]
@@ -53,3 +55,23 @@ def test_options_that_cannot_be():
         create_attention("linear", 16, 2, pattern="causal_self", feature="softmax")
     with pytest.raises(ConfigError, match="choose from"):
         create_attention("linear", 16, 2, pattern="self", feature="gelu")
+
+
+@pytest.mark.parametrize("feature", kernel.FEATURES)
+def test_what_is_declared_holds_for_the_feature(feature):
+    """Log weights of keys (quadrature in tno) are refused where the model is made, signed maps are declared."""
+    normalize = "none" if feature in ("silu", "identity") else "denom"
+    wanted = {"name": "linear", "feature": feature, "normalize": normalize}
+    module = create_attention("linear", 16, 2, pattern="self", feature=feature, normalize=normalize)
+    (x,) = inputs(Pattern.SELF)
+    assert module.capabilities.signed_map == bool(module.attention_map(x).min() < 0)
+    bias = torch.zeros(1, 1, 1, 7)
+    if feature in ("silu", "softmax"):
+        for refused in (lambda: resolve_slots(model_slots("tno"), wanted), lambda: module(x, bias=bias)):
+            with pytest.raises(
+                CapabilityError, match=f"key bias .with attention.feature={feature}; .*: elu1, relu"
+            ):
+                refused()
+    else:
+        assert resolve_slots(model_slots("tno"), wanted)["encoder"].name == "linear"
+        torch.testing.assert_close(module(x, bias=bias), module(x))

@@ -15,7 +15,7 @@ class ContractChecks(nn.Module):
     """The checking half of :class:`zoo.attention.base.Attention`."""
 
     name: ClassVar[str] = "?"
-    capabilities: ClassVar[Capabilities]
+    capabilities: Capabilities  # of the class; `create_attention` gives a module those of its options
 
     def _refuse(self, what: str, capability: str) -> CapabilityError:
         from zoo.attention.registry import list_attention
@@ -140,8 +140,9 @@ class ContractChecks(nn.Module):
         if not self.capabilities.takes_bias(kind):
             names = list_attention(pattern=self.pattern)
             able = [n for n in names if get_attention(n).capabilities.takes_bias(kind)]
+            note = f" ({self.capabilities.note})" if type(self).capabilities.takes_bias(kind) else ""
             raise CapabilityError(
-                f"attention {self.name!r} takes no {kind} bias; variants that do: {', '.join(able)}"
+                f"attention {self.name!r} takes no {kind} bias{note}; variants that do: {', '.join(able)}"
             )
 
 

@@ -300,6 +300,11 @@ class Attention(ContractChecks):
         return self.output(heads, x_t), {"k": k, "v": v, "length": length}
 
     @classmethod
+    def capabilities_with(cls, **options: Any) -> Capabilities:
+        """What the variant defines with these options of its own; overridden where one of them takes something away."""
+        return cls.capabilities
+
+    @classmethod
     def options(cls) -> dict[str, Any]:
         """The variant's own keyword-only arguments and their defaults: the schema of its yaml."""
         common = set(inspect.signature(Attention.__init__).parameters)

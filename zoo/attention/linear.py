@@ -9,6 +9,7 @@ drops the denominator and normalises each head's output instead, as causal model
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import linear as kernel
-from zoo.attention.base import Attention, BiasFactors, Grid, Pattern, State, split_heads, visible_pairs
+from zoo.attention.base import (
+    Attention,
+    BiasFactors,
+    Capabilities,
+    Grid,
+    Pattern,
+    State,
+    split_heads,
+    visible_pairs,
+)
 from zoo.attention.registry import register_attention
 from zoo.errors import ConfigError
 
+NEGATIVE = ("silu", "identity")  # features that may be, and with them the weights
+UNWEIGHTED = ("silu", "softmax")  # features whose keys take no log weight
 NORMALIZE = ("denom", "none", "rmsnorm", "groupnorm")
 
 
@@ -66,6 +78,14 @@ class LinearAttention(Attention):
         self.features_k = HeadLinear(num_heads, self.head_dim) if feature == "t2r" else None
         shape = (num_heads, 1, self.value_head_dim)
         self.gain = nn.Parameter(torch.ones(shape)) if normalize in ("rmsnorm", "groupnorm") else None
+
+    @classmethod
+    def capabilities_with(cls, *, feature: str = "elu1", **options: Any) -> Capabilities:
+        can = replace(cls.capabilities, signed_map=feature in NEGATIVE)
+        if feature in UNWEIGHTED:
+            able = ", ".join(f for f in kernel.FEATURES if f not in UNWEIGHTED)
+            can = replace(can, bias=None, note=f"with attention.feature={feature}; features that do: {able}")
+        return can
 
     def project(self, x: Tensor, context: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x, context, value)

@@ -115,10 +115,13 @@ def create_attention(
     """
     cls = get_attention(name)
     common = set(Attention.__init__.__kwdefaults__ or ()) | {"pattern"}
-    check_options(name, {k: v for k, v in arguments.items() if k not in common})
+    options = {k: v for k, v in arguments.items() if k not in common}
+    check_options(name, options)
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ConfigError(f"num_heads={num_heads} must be a positive whole number")
-    return cls(dim, num_heads, pattern=pattern, **arguments)
+    module = cls(dim, num_heads, pattern=pattern, **arguments)
+    module.capabilities = cls.capabilities_with(**options)
+    return module
 
 
 __all__ = ["check_options", "create_attention", "get_attention", "list_attention", "register_attention"]

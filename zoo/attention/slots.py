@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.attention.base import Attention, Pattern
+from zoo.attention.base import Attention, Capabilities, Pattern
 from zoo.attention.registry import check_options, create_attention, get_attention, list_attention
 from zoo.errors import CapabilityError, unknown
 
@@ -64,9 +64,19 @@ class AttentionFactory:
         )
 
 
-def misfit(name: str, slot: Slot, allow_order: bool = False) -> str | None:
-    """Why variant `name` cannot fill `slot`, or None when it can."""
-    can = get_attention(name).capabilities
+def misfit(
+    name: str, slot: Slot, allow_order: bool = False, options: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why variant `name`, with these options of its own, cannot fill `slot`, or None when it can."""
+    cls = get_attention(name)
+    can = cls.capabilities_with(**options or {})
+    reason = _lacking(can, slot, allow_order)
+    if reason and _lacking(cls.capabilities, slot, allow_order) is None:
+        return f"{reason} ({can.note})"
+    return reason
+
+
+def _lacking(can: Capabilities, slot: Slot, allow_order: bool) -> str | None:
     if slot.pattern not in can.patterns:
         return f"does not define pattern {slot.pattern.value!r}"
     if slot.key_mask and not can.key_mask:
@@ -119,7 +129,7 @@ def resolve_slots(
         wanted = dict(overrides.get(slot_name) or attention)
         name = wanted.pop("name")
         check_options(name, wanted)
-        reason = misfit(name, slot, allow_order)
+        reason = misfit(name, slot, allow_order, wanted)
         note = "override" if slot_name in overrides else "chosen"
         if reason is not None:
             reasons[slot_name] = reason

@@ -89,6 +89,7 @@ class Capabilities:
         has_map: `attention_map` returns the implied mixing matrix.
         signed_map: Entries of that matrix may be negative.
         has_scores: `scores` returns the scores before normalisation.
+        note: Where options take something away (`Attention.capabilities_with`): which, and which do not.
     """
 
     patterns: frozenset[Pattern]
@@ -106,6 +107,7 @@ class Capabilities:
     has_map: bool = False
     signed_map: bool = False
     has_scores: bool = False
+    note: str = ""
 
     def takes_bias(self, kind: str | None) -> bool:
         """Whether a bias of this kind ("key", "factors", "full"; None: no bias) is taken."""

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
         print((importlib.import_module(cls.__module__).__doc__ or "").strip(), "\n")
         print((cls.__doc__ or "").strip(), "\n")
         for key, value in asdict(cls.capabilities).items():
+            if key == "note":
+                continue
             if isinstance(value, frozenset):
                 value = ", ".join(sorted(value))
             print(f"{key:16} {value}")
