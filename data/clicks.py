@@ -104,7 +104,7 @@ class ClickLogData(ClickData):
         }
         category = log.category if log.categories else np.r_[0, np.ones(len(log.items), np.int64)]
         splits = {split: self._with_negatives(log, rng, *rows) for split, rows in chosen.items()}
-        return ClickLog(log.offsets, log.item, category, splits)
+        return ClickLog(log.offsets, log.item, category, splits, log.items)
 
     def _with_negatives(
         self, log: EventLog, rng: np.random.Generator, user: np.ndarray, event: np.ndarray

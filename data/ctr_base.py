@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -47,12 +47,14 @@ class ClickLog:
         item: Item number from 1 of each event, int64 [E].
         category: Category number from 1 of each item number, int64 [I + 1]; 0 = padding or unknown.
         splits: Impressions by split.
+        items: Items' ids in the order of their numbers; none where the numbers are the ids.
     """
 
     offsets: np.ndarray
     item: np.ndarray
     category: np.ndarray
     splits: dict[str, Impressions]
+    items: list[str] = field(default_factory=list)
 
     @property
     def num_items(self) -> int:
@@ -113,8 +115,9 @@ class ClickData(ZooData):
         return self.log.num_categories
 
     def preprocessing(self) -> dict[str, Any]:
-        """Category of each item number and how histories are cut."""
-        return {"category": self.log.category.tolist(), "max_length": self.max_length}
+        """Category of each item number, how histories are cut, and the items' ids where a log has its own."""
+        ids = {"items": self.log.items} if self.log.items else {}
+        return {"category": self.log.category.tolist(), "max_length": self.max_length, **ids}
 
     def split_ids(self) -> dict[str, list[str]]:
         """`user:item:label` of every impression."""

@@ -167,6 +167,18 @@ def test_training_and_serving_of_dare_agree() -> None:
     torch.testing.assert_close(model(*inputs)["logit"], served)
 
 
+def test_sdim_scores_are_shares_of_the_shared_buckets() -> None:
+    model = make("sdim", hashes=12, bits=2)
+    item, category, items, categories = batch(length=8)
+    items[0, -1], categories[0, -1] = item[0], category[0]
+    scores = model.search_scores(item, category, items, categories)
+    zero, ages = model._ages(items)
+    own, theirs = model.represent(item, category, zero), model.represent(items, categories, ages)
+    for b, m in ((0, 7), (1, 2), (2, 5)):
+        codes = model.long.signatures(torch.stack((own[b], theirs[b, m]))[None, None])[0, 0]
+        assert float(scores[b, m]) == pytest.approx(float((codes[0] == codes[1]).float().mean()))
+
+
 def test_sdim_table_serves_every_candidate() -> None:
     model = make("sdim")
     item, category, items, categories = batch(rows=1)

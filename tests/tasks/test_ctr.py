@@ -14,6 +14,7 @@ from tasks.ctr import ClickThrough, correlation_with_truth, recall_of_truth
 from zoo.attention.slots import resolve_slots
 from zoo.errors import ConfigError
 from zoo.models.registry import build_model, model_slots
+from zoo.predict.ctr import TaskPredictor
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,21 @@ def test_log_becomes_impressions_without_leaks(taobao: Path) -> None:
     assert data.num_categories == 7 and data.split_record()["counted"]["filtered"] > 50
     losses = make(data, "din").train().losses(next(iter(data.train_dataloader())))
     assert losses["click"].isfinite()
+
+
+def test_prediction_takes_the_ids_of_the_log(taobao: Path) -> None:
+    data = create_data("clicks", path=str(taobao), max_length=12)
+    task = make(data, "din").eval()
+    predictor = TaskPredictor(task.model, {"preprocessing": data.preprocessing()})
+    ids = data.log.items[4], data.log.items[8]
+    item, history = torch.tensor([9]), torch.tensor([[5, 9]])
+    category = torch.from_numpy(data.log.category)
+    logit = task.model(item, category[item], history, category[history])["logit"]
+    found = predictor.predict(f"{ids[1]}:{ids[0]},nowhere,{ids[1]}")
+    assert found["probability"] == pytest.approx(logit.sigmoid().item(), abs=1e-6)
+    assert found["ignored"] == ["nowhere"]
+    with pytest.raises(DataError, match="item '9' .* not in the catalogue, whose ids look like"):
+        predictor.predict("9:5")
 
 
 def test_log_errors_name_the_way_out(taobao: Path) -> None:

@@ -73,6 +73,13 @@ class SdimModel(ClickModel):
             setattr(self.long, name, nn.Identity())
         self.join = nn.Linear(2 * wide, wide)
 
+    def search_scores(self, item: Tensor, category: Tensor, items: Tensor, categories: Tensor) -> Tensor:
+        """Share of the signatures that each behaviour has in common with the candidate: what it counts in the long part."""
+        zero, ages = self._ages(items)
+        own = self.long.signatures(self.represent(item, category, zero)[:, None, None])
+        theirs = self.long.signatures(self.represent(items, categories, ages)[:, None])
+        return (own == theirs).to(self.join.weight.dtype).mean(-1)[:, 0]
+
     def user_table(self, items: Tensor, categories: Tensor) -> Tensor:
         """All a server keeps of the long history, [B, 1, G, 2**bits, V]."""
         events = split_heads(self.represent(items, categories, self._ages(items)[1]), 1)
