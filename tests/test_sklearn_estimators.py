@@ -88,6 +88,15 @@ def test_words_and_gaps_and_saving(tmp_path):
         model.predict(frame[["size"]].assign(other="x"))
 
 
+def test_parameters_of_a_numpy_grid_come_back_as_numbers(tmp_path):
+    X, y = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 2
+    for state, back in ((np.int64(3), 3), (np.random.RandomState(0), None)):
+        given = {**SMALL, "epochs": np.int64(1), "random_state": state}
+        TabularClassifier(**given).fit(X, y).save(tmp_path / "a.safetensors")
+        found = TabularClassifier.load(tmp_path / "a.safetensors").get_params()
+        assert (found["epochs"], found["random_state"]) == (1, back)
+
+
 def test_regression_comes_back_on_its_own_scale():
     draw = np.random.default_rng(0)
     x = draw.normal(size=(300, 3))

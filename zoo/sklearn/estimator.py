@@ -158,6 +158,8 @@ class TabularEstimator(BaseEstimator):
     def save(self, path: str | Path) -> None:
         """Write `path` (.safetensors) and its card; nothing in them is executable.
 
+        A `random_state` that is a generator is left out: the loaded estimator would draw its own.
+
         Raises:
             WeightsError: The suffix is not .safetensors.
         """
@@ -165,11 +167,10 @@ class TabularEstimator(BaseEstimator):
         path = Path(path)
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path}: the name must end in .safetensors")
-        parameters = self.get_params(deep=False)
         card = {
             "task": "tabular",
             "estimator": type(self).__name__,
-            "parameters": {k: dict(v) if isinstance(v, Mapping) else v for k, v in parameters.items()},
+            "parameters": _plain(self.get_params(deep=False)),
             "model": {"name": self.model},
             "preprocessing": self.preprocessor_.to_dict(),
             "features": list(map(str, getattr(self, "feature_names_in_", []))),
@@ -210,3 +211,14 @@ class TabularEstimator(BaseEstimator):
         tags.input_tags.allow_nan = True
         tags.non_deterministic = False
         return tags
+
+
+def _plain(value: Any) -> Any:
+    """Parameters as JSON has them; grids made with NumPy hold its numbers, which would be stored as text."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.random.RandomState):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
