@@ -6,6 +6,7 @@ from variants import make, qkv
 
 from kernels import softmax as kernel
 from zoo.attention import create_attention
+from zoo.attention.sqa import default_reduction
 from zoo.errors import CapabilityError, ConfigError
 
 
@@ -38,7 +39,19 @@ def test_sqa_window_and_bias_of_all_heads():
     bias = torch.randn(2, 4, 11, 11, dtype=torch.float64)
     want = kernel.attention(q, k, v, bias=bias.unflatten(1, (2, 2)).mean(2))
     assert (make("sqa").attend(q, k, v, bias=bias) - want).abs().max() < 1e-12
-    with pytest.raises(ConfigError, match="must divide"):
-        create_attention("sqa", 25, 5, pattern="self", reduction=2)
     with pytest.raises(CapabilityError, match="window"):
         make("sqa", window=3, ordered=False)
+
+
+def test_sqa_reduction_divides_the_heads(caplog):
+    """A number that was asked for is kept or refused; the default fits any number of heads and says where it is not 2."""
+    for heads, reduction in ((5, 2), (8, 3), (3, 4), (4, 0)):
+        with pytest.raises(ConfigError, match=f"reduction={reduction} must divide the {heads} heads: 1, "):
+            create_attention("sqa", 8 * heads, heads, pattern="self", reduction=reduction)
+    default_reduction.cache_clear()
+    for heads, queries in ((1, 1), (2, 1), (8, 4), (3, 1), (9, 3), (3, 1)):
+        assert create_attention("sqa", 8 * heads, heads, pattern="self").num_heads == queries
+    assert [r.getMessage().split("; ")[1] for r in caplog.records] == [
+        "attention.reduction=3 instead, query heads: 1",
+        "attention.reduction=3 instead, query heads: 3",
+    ]

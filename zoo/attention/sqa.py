@@ -3,11 +3,14 @@
 Paper: Sparse Query Attention, arXiv:2510.01817. Fewer *query* heads of unchanged width: H heads of width C / H become
 ``Hq = H / reduction``, so that scores and mixing cost 1 / reduction as much; ``W_Q`` is C x Hq D, ``W_O`` Hq D x C. Key/value heads:
 as many (sSQA with reduction 2, xSQA with 4 or more) or fewer, as in grouped-query attention. A window gives SW-SQA.
-Differs from the paper in: a bias for H heads is averaged over the heads that one query head stands for; no "light" family.
+Differs from the paper in: the default where 2 does not divide the heads; a bias for H heads is averaged over the heads that one query
+head stands for; no "light" family.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +20,20 @@ from kernels import softmax as kernel
 from zoo.attention.base import Attention, BiasFactors, Grid, masked_softmax, scaled_scores, visible_pairs
 from zoo.attention.registry import register_attention
 from zoo.errors import CapabilityError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@cache  # said once
+def default_reduction(num_heads: int) -> int:
+    """2, or the least divisor of the heads above it; 1 for one head."""
+    reduction = next((d for d in range(2, num_heads + 1) if num_heads % d == 0), 1)
+    if reduction > 2:
+        log.warning(
+            "attention 'sqa': 2 does not divide %d heads; attention.reduction=%d instead, query heads: %d",
+            num_heads, reduction, num_heads // reduction,
+        )  # fmt: skip
+    return reduction
 
 
 @register_attention(
@@ -29,7 +46,8 @@ class SqaAttention(Attention):
     """Softmax attention with a fraction of the query heads.
 
     Args:
-        reduction: H / Hq; 1 leaves all heads. At least one head stays.
+        reduction: H / Hq, a divisor of the heads; 1 leaves all. None for 2, or the least divisor above it: 3 heads become one (said
+            once), one head stays.
         num_kv_heads: Key/value heads, a divisor of Hq; None for Hq.
         window: Keys at most this far from the query (causal: behind it); None for all. Self patterns only.
     """
@@ -39,16 +57,19 @@ class SqaAttention(Attention):
         dim: int,
         num_heads: int,
         *,
-        reduction: int = 2,
+        reduction: int | None = None,
         num_kv_heads: int | None = None,
         window: int | None = None,
         **common: Any,
     ) -> None:
-        if reduction < 1:
-            raise ConfigError(f"attention.reduction={reduction} must be at least 1")
-        queries = max(1, num_heads // reduction)
-        if num_heads % queries:
-            raise ConfigError(f"attention.reduction={reduction} must divide the {num_heads} heads")
+        divisors = [d for d in range(1, num_heads + 1) if num_heads % d == 0]
+        if reduction is None:
+            reduction = default_reduction(num_heads)
+        elif reduction not in divisors:
+            raise ConfigError(
+                f"attention.reduction={reduction} must divide the {num_heads} heads: {', '.join(map(str, divisors))}; or null"
+            )
+        queries = num_heads // reduction
         if num_kv_heads is not None and (num_kv_heads < 1 or queries % num_kv_heads):
             raise ConfigError(f"attention.num_kv_heads={num_kv_heads} must divide the {queries} query heads")
         if common.get("head_dim") is None and dim % num_heads == 0:
