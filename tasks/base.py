@@ -47,12 +47,15 @@ class ZooTask(L.LightningModule):
         data_kind: Kind of data module that fits; compared with the module's `kind`.
         whole_to_evaluate: Whether evaluation calls parts of the network outside their `forward` (decoding token by token), for which
             trainer=fsdp has to give every process all parameters.
+        loss_split: Split whose batches `losses` takes: "validation", where evaluation's batches hold what training's do, "train", or
+            None for a loss that is not of batches.
     """
 
     monitor: ClassVar[str] = "loss"
     mode: ClassVar[str] = "min"
     data_kind: ClassVar[str] = ""
     whole_to_evaluate: ClassVar[bool] = False
+    loss_split: ClassVar[str | None] = "validation"
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class PinnTask(ZooTask):
 
     monitor = "loss"
     mode = "min"
+    loss_split = None
     data_kind = "pinn"
 
     def __init__(

@@ -34,6 +34,7 @@ class Recommendation(ZooTask):
 
     monitor = "ndcg_at_10"
     mode = "max"
+    loss_split = "train"
     data_kind = "sequences"
 
     def __init__(

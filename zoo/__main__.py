@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "swap the attention of trained weights",
     "export": "write trained weights as ONNX or torch.export programs",
     "package": "move a finished run's best weights into the zoo under their name",
+    "analyse": "attention sinks of trained weights, and the heads that they need",
     "verify": "evaluate weights again and compare with their cards",
     "report": "leaderboard over any run folders",
     "fetch": "bring data sets into the cache, for machines without network",
