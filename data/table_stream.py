@@ -154,10 +154,17 @@ class TableStreamData(TabularData):
         folder.mkdir()
         files = {k: (folder / f"{k}.bin").open("wb") for k in widths}
         try:
+            start = 0
             for piece in self.pieces():
-                found = self.preprocessor.encode(piece)
-                targets = self.preprocessor.schema.targets
-                found["target"] = np.stack([self._standard(piece, t) for t in targets], 1)
+                try:
+                    found = self.preprocessor.encode(piece)
+                    targets = self.preprocessor.schema.targets
+                    found["target"] = np.stack([self._standard(piece, t) for t in targets], 1)
+                except DataError as error:  # its row numbers count from the piece's first
+                    raise DataError(
+                        f"{self.path}, rows {start} to {start + len(piece) - 1}: {error}"
+                    ) from None
+                start += len(piece)
                 for key, (kind, _) in widths.items():
                     files[key].write(np.ascontiguousarray(found[key], dtype=kind).data)
         finally:

@@ -82,6 +82,8 @@ def test_a_constant_or_empty_column_is_ignored_even_when_its_kind_is_given():
         (lambda t: t.assign(rich=["only", *t.rich[1:]]), {}, "no training row"),
         (lambda t: t.assign(rich=[f"w{i}" for i in range(len(t))]), {}, "stored as text"),
         (lambda t: t.iloc[:2], {}, "too few"),
+        (lambda t: t, {"target_kind": {"rihc": "binary"}}, "the targets are rich"),
+        (lambda t: t, {"target": ["rich", "rich"]}, "occurs 2 times"),
     ],
     ids=[
         "target",
@@ -94,6 +96,8 @@ def test_a_constant_or_empty_column_is_ignored_even_when_its_kind_is_given():
         "one-row-class",
         "ids",
         "rows",
+        "kind-of-no-target",
+        "repeated-target",
     ],
 )
 def test_errors_show_the_way_out(tmp_path, change, options, words):
@@ -404,6 +408,21 @@ def test_a_stream_refuses_repeated_column_names(tmp_path):
     path = write(tmp_path, frame().rename(columns={"height": "age"}))
     with pytest.raises(ANY, match="'age' occurs 2 times"):
         TableStreamData(path=path, target="rich", scratch=str(tmp_path / "s")).setup()
+
+
+def test_a_stream_says_in_which_rows_of_the_file_a_fault_lies(tmp_path):
+    from data.table_stream import TableStreamData
+
+    table = frame()
+    table.loc[250, "rich"] = None
+    with pytest.raises(ANY, match="rows 200 to 299: .* row 50 "):
+        TableStreamData(
+            path=write(tmp_path, table),
+            target="rich",
+            piece_rows=100,
+            sample_rows=100,
+            scratch=str(tmp_path / "s"),
+        ).setup()
 
 
 def test_a_stream_does_not_hold_the_file(tmp_path):

@@ -112,3 +112,22 @@ def test_traffic_refuses_times_with_an_offset_where_the_clock_has_no_zone(tmp_pa
     (tmp_path / "t.csv").write_text("time,a\n2025-01-01T06:00Z,1\n")
     with pytest.raises(DataError, match="give local times without an offset"):
         predictor.predict(tmp_path / "t.csv")
+
+
+def test_traffic_slots_count_seconds():
+    """Steps of half a minute: 00:01:30 on a Monday is slot 3, as the training data number them."""
+    from datetime import datetime, timedelta
+
+    from zoo.predict.traffic import TaskPredictor
+
+    sizes = {
+        "step_minutes": 0.5,
+        "history_steps": 2,
+        "horizon_steps": 1,
+        "lag_steps": [],
+        "null_value": "nan",
+    }
+    predictor = TaskPredictor(None, {"preprocessing": {**sizes, "sensors": ["a"]}})
+    monday = datetime(2024, 1, 1, 0, 1, 30)
+    readings = {monday + timedelta(seconds=30 * i): [1.0] for i in range(2)}
+    assert predictor.preprocess(readings)["clock"].tolist() == [3]

@@ -108,11 +108,12 @@ class TaskPredictor(Predictor):
                 f"no reading between {history[0]} and {history[-1]} in steps of {p['step_minutes']:g} minutes; do the "
                 "times lie on the clock that the model was trained on?"
             )
-        minute = (history[0].weekday() * 24 + history[0].hour) * 60 + history[0].minute
+        first = history[0]
+        second = ((first.weekday() * 24 + first.hour) * 60 + first.minute) * 60 + first.second
         inputs = dict(zip(("history", "history_seen"), self._cells(readings, history), strict=True))
         if p.get("missing_as_zero"):
             inputs["history_seen"] = torch.ones_like(inputs["history_seen"])
-        inputs["clock"] = torch.tensor([int(minute // p["step_minutes"])])
+        inputs["clock"] = torch.tensor([second // round(p["step_minutes"] * 60)])
         if p["lag_steps"]:
             looks = [self._cells(readings, [t - step * lag for t in future]) for lag in p["lag_steps"]]
             inputs["known"] = torch.stack([values for values, _ in looks], dim=1)

@@ -109,7 +109,11 @@ def infer_schema(
     if not targets:
         raise DataError("no target column was named; set data.target")
     check_columns(frame, targets, "target")
+    check_names(list(targets), "targets")
     check_columns(frame, list(columns), "schema column")
+    for name in target_kinds:
+        if name not in targets:
+            raise DataError(f"a kind is given for target {name!r}; the targets are {', '.join(targets)}")
     for name, kind in columns.items():
         if kind not in KINDS:
             raise DataError(
