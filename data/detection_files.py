@@ -30,7 +30,7 @@ class FileScenes(SceneData):
         root: Folder of the data.
         image_size: Side of the batches' images, pixels.
         flip: Probability of mirroring a training image.
-        crop: Cut random windows that keep objects out of training images (SSD's IoU crop).
+        crop: Cut random windows that keep objects out of training images (SSD's IoU crop); needs boxes.
         photometric: Change brightness, contrast and colour of training images.
         val_fraction: Share of the training images for validation, where the data name none.
         test_fraction: The same for test.
@@ -70,6 +70,14 @@ class FileScenes(SceneData):
     @property
     def image_size(self) -> tuple[int, int]:
         return (self._size, self._size)
+
+    def require(self, target: str, task: str) -> None:
+        """As for all scenes; refuses crops around boxes that there are not."""
+        super().require(target, task)
+        if self.crop and "boxes" not in self.provides:
+            raise DataError(
+                f"data.crop=true needs boxes to cut around, which data {self.name!r} has not; leave it out"
+            )
 
     def folder(self) -> Path:
         """The data's folder.
@@ -167,9 +175,7 @@ class FileScenes(SceneData):
 
     def _augmentations(self) -> list[Any]:
         boxes = "boxes" in self.provides
-        return augmentations(
-            flip=self.flip, crop=self.crop and boxes, photometric=self.photometric, boxes=boxes
-        )
+        return augmentations(flip=self.flip, crop=self.crop, photometric=self.photometric, boxes=boxes)
 
     def pixel_classes(self, record: Record) -> np.ndarray:
         """Class of every pixel of the file, uint8 [H, W]; crowds are void."""

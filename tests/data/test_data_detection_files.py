@@ -296,6 +296,8 @@ def test_png_masks_palette_void_and_mapping(tmp_path):
             create_data("png_masks", root=str(tmp_path / "binary"), **options).setup()
     data = create_data("png_masks", root=str(tmp_path / "binary"), mapping={0: 0, 255: 1})
     assert data.pixel_classes(all_records(data)["0.jpg"])[0, :4].tolist() == [0, 1, 0, 1]
+    with pytest.raises(DataError, match="data.crop=true needs boxes"):
+        create_data("png_masks", root=root, crop=True).require("masks", "segmentation")
     with pytest.raises(DataError, match="data.mapping holds -1"):
         create_data("png_masks", root=root, mapping={-1: 0})
     Image.new("RGB", (8, 6)).save(tmp_path / "masks" / "1.png")
