@@ -14,7 +14,7 @@ import numpy as np
 from data import carriers, register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
-from data.traffic_series import Series, great_circle_m, kernel_adjacency, regular
+from data.traffic_series import Series, great_circle_m, kernel_adjacency, moment, regular
 from data.traffic_windows import split_by_time
 
 ROWS = 61_367
@@ -93,7 +93,7 @@ class AucklandData(TrafficData):
         missing = [name for name in series.sensors if name not in places.index]
         if missing:
             raise DataError(f"data 'auckland': no location for counters {', '.join(missing)}")
-        first = int(np.searchsorted(series.times, np.datetime64(self.first_day)))
+        first = int(np.searchsorted(series.times, moment(self.first_day, "data.first_day")))
         last = int(np.searchsorted(series.times, np.datetime64("2026-01-01")))
         if first >= last:
             raise DataError(f"data.first_day={self.first_day} lies after the last counts, 2025-12-31")

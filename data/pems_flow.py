@@ -11,7 +11,7 @@ from data import register_data
 from data.errors import DataError
 from data.traffic_base import TrafficData
 from data.traffic_formats import existing, read_graph
-from data.traffic_series import Series, regular
+from data.traffic_series import Series, moment, regular
 from zoo.files import read_arrays
 
 
@@ -67,7 +67,7 @@ class PemsFlowData(TrafficData):
         sensors = [str(i) for i in range(cells.shape[1])]
         if self.sensor_ids:
             sensors = existing(self.sensor_ids, "data.sensor_ids").read_text().split()
-        times = np.datetime64(self.start, "s") + np.arange(len(cells)) * np.timedelta64(
+        times = moment(self.start, "data.start") + np.arange(len(cells)) * np.timedelta64(
             round(self.step_minutes * 60), "s"
         )
         series = regular(times, cells[..., self.channel], sensors, step_minutes=self.step_minutes)

@@ -80,6 +80,10 @@ class TrafficData(ZooData):
         self.zscore_includes_missing = zscore_includes_missing
         self.drop_dead_sensors = drop_dead_sensors
         self.mape_min = float(mape_min)
+        if any(not isinstance(s, int) or s < 1 for s in report_steps):
+            raise DataError(
+                f"data.report_steps={list(report_steps)} must be whole numbers from 1, steps ahead"
+            )
         self.report_steps = tuple(s for s in report_steps if s <= horizon_steps)
         self.series: Series | None = None
         self.rows: dict[str, slice] = {}

@@ -74,6 +74,14 @@ class Series:
         )
 
 
+def moment(text: str, option: str) -> np.datetime64:
+    """A date or time that a user gave, to the second."""
+    try:
+        return np.datetime64(text, "s")
+    except ValueError:
+        raise DataError(f"{option}={text!r} is no date such as 2025-07-01") from None
+
+
 def step_of(times: np.ndarray) -> float:
     """Step length in minutes: the median distance of neighbouring distinct times; frequency attributes are not trusted.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.base import SPLITS
 from data.errors import DataError
 from data.sampler import BatchKey
+from data.traffic_series import moment
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def split_by_ratio(rows: int, ratios: tuple[float, float, float]) -> dict[str, s
 
 def split_by_time(times: np.ndarray, val_start: str, test_start: str) -> dict[str, slice]:
     """Rows of each split, cut at two dates."""
-    first, second = np.searchsorted(times, np.array([val_start, test_start], dtype="datetime64[s]"))
+    borders = [moment(val_start, "data.val_start"), moment(test_start, "data.test_start")]
+    first, second = np.searchsorted(times, np.array(borders))
     if not 0 < first < second < len(times):
         raise DataError(
             f"val_start={val_start} and test_start={test_start} must lie in this order between {times[0]} and {times[-1]}"

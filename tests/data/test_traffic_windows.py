@@ -9,7 +9,14 @@ from data.errors import DataError
 from data.sampler import BatchKey
 from data.traffic_base import TrafficData
 from data.traffic_scores import HorizonErrors, score
-from data.traffic_windows import Geometry, Windows, split_by_ratio, weekly_profile, window_starts
+from data.traffic_windows import (
+    Geometry,
+    Windows,
+    split_by_ratio,
+    split_by_time,
+    weekly_profile,
+    window_starts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,20 @@ def test_no_window_crosses_a_split():
         window_starts(split_by_ratio(20, (0.7, 0.1, 0.2)), geometry)
     with pytest.raises(DataError, match="sum to 1"):
         split_by_ratio(10, (0.7, 0.1, 0.1))
+
+
+@pytest.mark.parametrize("steps", [[0, 1], [-1], [1.5]])
+def test_steps_that_are_reported_lie_ahead(steps):
+    """-1 used to report the last step but one under its own name."""
+    with pytest.raises(DataError, match="whole numbers from 1"):
+        create_data("road_network", report_steps=steps)
+
+
+def test_borders_are_dates():
+    times = np.datetime64("2025-01-01", "s") + np.arange(9) * np.timedelta64(1, "D").astype("timedelta64[s]")
+    assert split_by_time(times, "2025-01-03", "2025-01-05T00:00")["val"] == slice(2, 4)
+    with pytest.raises(DataError, match="data.test_start='2025-13-01' is no date"):
+        split_by_time(times, "2025-01-03", "2025-13-01")
 
 
 def test_batches_hold_what_the_rows_hold():
