@@ -4,7 +4,7 @@ Paper: "TabNSA: native sparse attention for efficient tabular data learning", ar
 Official code: aseslamian/TabNSA (no licence file seen).
 Differs from it in: columns have embeddings of their own, attention is not causal, any variant fills the slot, several
 blocks are possible. `paper_code=true` goes back to what was released: one map shared by all columns, category codes
-read as numbers, attention causal in column order.
+read as numbers, attention causal in column order; but for rotary positions of the columns, which no variant here adds.
 """
 
 from __future__ import annotations
