@@ -47,6 +47,11 @@ class WaveAugment:
         """Whether anything can change."""
         return self.noise_snr_db is not None or self.speeds != [1.0] or self.gain_db > 0
 
+    @property
+    def stretch(self) -> float:
+        """Longest that a recording can become, over its length; at least 1, and as `__call__` rounds speeds."""
+        return max(1.0, *(100 / round(100 * s) for s in self.speeds))
+
     def __call__(self, wave: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
         """Samples float32 [S] and a key such as (seed, epoch, index) -> new samples."""
         if not self.active or not wave.size:

@@ -288,7 +288,11 @@ class SpeechData(ZooData):
             return found, self.batch_sizes
         if self.batch_s is None:
             return found, [self.batch_size] * len(found)
-        return found, [max(1, int(self.batch_s / b.max_duration_s)) for b in found]
+        return found, [max(1, int(self.batch_s / self.longest_s(b))) for b in found]
+
+    def longest_s(self, bucket: Bucket) -> float:
+        """Longest that training audio of a bucket gets, at the slowest of `speeds`."""
+        return bucket.max_duration_s * self.wave_augment.stretch
 
     def durations(self, split: str) -> np.ndarray:
         """Lengths in seconds, float64 [N]."""

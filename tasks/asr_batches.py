@@ -93,12 +93,12 @@ def search_batch_sizes(
     for bucket in buckets:
 
         def fits(size: int, bucket: Bucket = bucket) -> bool:
-            return step_memory_mib(task, size, bucket.max_duration_s, bucket.max_tokens) <= limit_mib
+            return step_memory_mib(task, size, task.data.longest_s(bucket), bucket.max_tokens) <= limit_mib
 
         size = search_batch_size(fits, tolerance=tolerance, limit=len(bucket.members))
         if size == 0:
             raise ConfigError(
-                f"task.batch_memory_mib={limit_mib}: not even one utterance of {bucket.max_duration_s:.1f} s fits; raise it, "
+                f"task.batch_memory_mib={limit_mib}: not even one utterance of {task.data.longest_s(bucket):.1f} s fits; raise it, "
                 "or lower data.max_s"
             )
         sizes.append(size)

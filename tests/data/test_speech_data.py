@@ -358,8 +358,9 @@ def test_batches_replay():
     assert sorted(indices) == list(range(7))
 
 
-def test_batch_seconds_set_batch_sizes():
-    data = create_data("tones", batch_s=4.0, duration_buckets=3)
+@pytest.mark.parametrize("speeds", [[1.0], [0.8, 1.25]])
+def test_batch_seconds_set_batch_sizes(speeds):
+    data = create_data("tones", batch_s=4.0, duration_buckets=3, speeds=speeds)
     _, sizes = data.buckets()
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
     for batch in data.train_dataloader():
