@@ -25,7 +25,8 @@ class SpeechToText(ZooTask):
     """Transcription.
 
     Args:
-        ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1.
+        ctc_weight: Share of the CTC loss, [0, 1]; the decoder has the rest. Models without a decoder take 1; what reads
+            the CTC head (label_positions, CTC fusion) refuses 0.
         ctc_start: Share of the training during which the encoder learns by CTC alone, [0, 1): attention needs an encoder that
             hears something, and steps without the decoder are cheaper.
         label_smoothing: Of the decoder's targets, [0, 1).
@@ -70,6 +71,13 @@ class SpeechToText(ZooTask):
             raise ConfigError(f"task.label_smoothing={label_smoothing} is outside [0, 1)")
         if beam < 1:
             raise ConfigError(f"task.beam={beam} must be at least 1")
+        fused = beam > 1 and decode_ctc_weight > 0
+        if model.has_decoder and not ctc_weight and (model.label_positions or fused):
+            raise ConfigError(
+                "task.ctc_weight=0 leaves the CTC head untrained, which model.label_positions=true and beam search with "
+                "task.decode_ctc_weight read; set model.label_positions=false and task.decode_ctc_weight=0, or a "
+                "task.ctc_weight above 0"
+            )
         self.has_decoder = model.has_decoder
         super().__init__(model, data, **common)
         self.ctc_weight = ctc_weight if self.has_decoder else 1.0

@@ -240,6 +240,9 @@ def test_batch_sizes_against_a_memory_limit():
         assert used <= 24.0 and (more > 24.0 or size == len(bucket.members))
     with pytest.raises(ConfigError, match="not even one"):
         search_batch_sizes(task, buckets, 0.5)
+    data.wave_augment.speeds = [0.5, 1.0]  # audio played at half speed is twice as long
+    slower = search_batch_sizes(task, buckets[-1:], 24.0)
+    assert slower[0] < 0.75 * sizes[-1]  # weights take the same
 
 
 def test_global_statistics(tones):
@@ -256,11 +259,27 @@ def test_global_statistics(tones):
 
 @pytest.mark.parametrize(
     ("options", "hint"),
-    [({"ctc_weight": 2}, "ctc_weight"), ({"beam": 0}, "beam"), ({"label_smoothing": 1}, "smoothing")],
+    [
+        ({"ctc_weight": 2}, "ctc_weight"),
+        (
+            {"ctc_weight": 0},
+            "set model.label_positions=false and task.decode_ctc_weight=0, or a task.ctc_weight",
+        ),
+        ({"beam": 0}, "beam"),
+        ({"label_smoothing": 1}, "smoothing"),
+    ],
 )
 def test_bad_options(tones, options, hint):
     with pytest.raises(ConfigError, match=hint):
         make(tones, task_options=options)
+
+
+def test_without_ctc_nothing_is_read_from_its_head(tones):
+    none = {"ctc_weight": 0, "beam": 4}
+    with pytest.raises(ConfigError, match="decode_ctc_weight=0"):
+        make(tones, label_positions=False, task_options=none)
+    make(tones, label_positions=False, task_options={**none, "decode_ctc_weight": 0})
+    make(tones, "ctc", task_options=none)  # has no decoder, and learns by CTC whatever the weight
 
 
 # ------------------------------------------------------------------------------------------- prediction
