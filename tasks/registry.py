@@ -48,6 +48,13 @@ def get_data(name: str) -> type:
     return data_class(name)
 
 
+def data_of_kind(kind: str) -> list[str]:
+    """Names of the data modules that hold `kind`; imports all of them."""
+    from data import list_data
+
+    return [name for name in list_data() if get_data(name).kind == kind]
+
+
 # Words of annotations, and what a configuration has for them.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "None": type(None),

@@ -7,11 +7,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tasks.base import ZooTask
-from tasks.registry import check_options, check_types, get_data, get_task
+from tasks.registry import check_options, check_types, data_of_kind, get_data, get_task
 from zoo.attention.registry import get_attention
 from zoo.attention.slots import AttentionFactory, resolve_slots
 from zoo.errors import ConfigError
-from zoo.models.registry import build_model, get_model
+from zoo.models.registry import build_model, check_model_options, get_model, list_models, task_of
 
 
 def build_data(cfg: DictConfig) -> Any:
@@ -21,7 +21,9 @@ def build_data(cfg: DictConfig) -> Any:
     cls = get_data(name)
     kind = get_task(cfg.task.kind).data_kind
     if kind and cls.kind != kind:
-        raise ConfigError(f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}")
+        raise ConfigError(
+            f"data {name!r} holds {cls.kind}, task {cfg.task.name!r} needs {kind}: {', '.join(data_of_kind(kind))}"
+        )
     check_options(f"data {name!r}", cls, options)
     check_types("data", cls, options)
     # data.seed shifts the order and augmentation of a run; it is 0 unless the user wants the same weights on another order.
@@ -41,6 +43,15 @@ def build_task(cfg: DictConfig, data: Any) -> tuple[ZooTask, dict[str, Attention
     arguments = {**plain(cfg.model), **cls.model_arguments(data)}
     name = arguments.pop("name")
     model_cls = get_model(name)
+    try:
+        check_model_options(name, arguments)
+    except ConfigError as error:  # options of the task or its data: Hydra has refused the user's own
+        if task_of(name) == cfg.task.name:
+            raise
+        fitting = ", ".join(list_models(task=cfg.task.name))
+        raise ConfigError(
+            f"model {name!r} is for task={task_of(name)}; those of task {cfg.task.name!r}: {fitting} ({error})"
+        ) from None
     check_types("model", model_cls, plain(cfg.model))
     attention = plain(cfg.attention)
     switches = {k: attention.pop(k, False) for k in ("strict", "allow_order")}

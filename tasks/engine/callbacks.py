@@ -203,6 +203,16 @@ class Speed(Callback):
         self.samples += batch_size(batch) * trainer.world_size
 
 
+class ValidateLast(Callback):
+    """Validates the last epoch whatever `check_val_every_n_epoch` is: there the schedule ends, and a short run has no other."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    on_train_start = on_train_epoch_start  # amid its last epoch a resumed run does not start it again
+
+
 class ProgressLines(Callback):
     """One plain line per validated epoch, for logs and pipes."""
 
@@ -256,7 +266,7 @@ def build_callbacks(
         progress: "auto" (bar on a terminal, lines elsewhere), "bar", "lines" or "none".
         terminal: Whether standard output is one.
     """
-    callbacks: list[Callback] = [SeedEachStep(seed), StopOnNan(), Speed(), RewindLog()]
+    callbacks: list[Callback] = [SeedEachStep(seed), StopOnNan(), Speed(), RewindLog(), ValidateLast()]
     if ema_decay:
         callbacks.append(AveragedWeights(ema_decay))
     monitor = f"valid/{task.monitor}"

@@ -172,7 +172,9 @@ def _known_keys(path: str) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", given)
+            cfg = compose("config", given, return_hydra_config=True)
+        if "@" in path:  # attention@PLACE: those that the task's defaults name
+            return sorted(k for k in cfg.hydra.runtime.choices if k.startswith(path.split("@")[0] + "@"))
         parent = path.rpartition(".")[0]
         node = OmegaConf.select(cfg, parent) if parent else cfg
         return sorted(map(str, node.keys())) if OmegaConf.is_dict(node) else []

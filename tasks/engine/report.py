@@ -58,18 +58,16 @@ def print_slots(task: str, factories: Mapping[str, AttentionFactory]) -> None:
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
     """Test metrics of the model and of every baseline, then cost and where things lie."""
     metrics = [m for m in result.get("headline") or result["test"] if m in result["test"]]
-    table = Table(title=f"{result['task']} on {result['data']}: test metrics", title_justify="left")
-    table.add_column("model")
-    for metric in metrics:
-        table.add_column(metric, justify="right")
     filled = f" ({result['attention']})" if result["slots"] else ""
-    table.add_row(
-        f"[bold]{result['model']}{filled}[/bold]",
-        *(_number(result["test"][m]) for m in metrics),
-    )
-    for name, scores in result["baselines"].items():
-        table.add_row(f"{name} (baseline)", *(_number(scores.get(m)) for m in metrics))
-    out = console()
+    columns = {f"[bold]{result['model']}{filled}[/bold]": result["test"]}
+    columns |= {f"{name} (baseline)": scores for name, scores in result["baselines"].items()}
+    grid = [["model", *metrics]]
+    grid += [[name, *(_number(scores.get(m)) for m in metrics)] for name, scores in columns.items()]
+    title, out = f"{result['task']} on {result['data']}: test metrics", console()
+    table = _grid(title, grid)
+    if out.measure(table, options=out.options.update(width=10_000)).maximum > out.width:
+        grid[0][0] = "metric"
+        table = _grid(title, [list(row) for row in zip(*grid, strict=True)])  # a metric a line
     out.print(table)
     cost = result["cost"]
     speed = f"{cost['samples_per_s']:,.0f} samples/s" if cost["samples_per_s"] else "speed not measured"
@@ -82,6 +80,16 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
             f"skipped {len(result['skipped'])} bad items: " + ", ".join(list(map(str, result["skipped"]))[:5])
         )
     out.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def _grid(title: str, rows: list[list[str]]) -> Table:
+    """A table whose first row is its head."""
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def _number(value: float | None) -> str:

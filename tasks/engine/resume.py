@@ -39,7 +39,12 @@ _NO_PART = ("callbacks", "launcher", "sweep", "resume")
 
 def run_folder(resume: str | None, fresh: str) -> str:
     """Resolver `run_folder`: the folder to continue, or a fresh one."""
-    if not resume or resume == AUTO:
+    if resume == AUTO:
+        raise ConfigError(
+            "resume=auto goes on with what the run's folder holds, and this command names none: add hydra.run.dir=FOLDER, or write "
+            "resume=FOLDER"
+        )
+    if not resume:
         return fresh
     return str(_stored(resume).parent.resolve())
 

@@ -87,7 +87,8 @@ def build_trainer(cfg: DictConfig, task: ZooTask, folder: Path, budget: list[Cal
             log_every_n_steps=1,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:  # no such device, precision ...
-        raise ConfigError(f"trainer: {error}") from error
+        way_out = "; on this machine: trainer=cpu" if "backend found" in str(error) else ""
+        raise ConfigError(f"trainer: {error}{way_out}") from error
     if sharded and trainer.world_size == 1:
         raise ConfigError(
             "trainer.strategy=fsdp shares parameters among processes, and here is only one: give trainer.devices=2 or more "

@@ -57,6 +57,8 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     if mode not in MODES:
         raise ConfigError(f"logger.mode={mode!r}: choose auto, {', '.join(MODES)}")
+    if mode == "offline" and is_main_process():
+        print(f"W&B: logged offline; wandb sync {folder}/wandb/offline-run-* sends it")
     import wandb
 
     if wandb.run is not None:  # of a job of this sweep that failed; Lightning would log into it
@@ -88,6 +90,7 @@ def build_wandb(cfg: DictConfig, folder: Path, options: dict[str, Any]) -> ZooWa
         warnings.simplefilter("ignore")
         for attempt in MODES[MODES.index(mode) :]:
             found = logger(attempt)
+            found._wandb_init.pop("anonymous", None)  # Lightning gives None, of which W&B warns
             try:
                 _ = found.experiment  # connects
                 return found

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 from tasks.base import ZooTask
-from tasks.engine.callbacks import SeedEachStep, Speed
+from tasks.engine.callbacks import SeedEachStep, Speed, ValidateLast
+from tasks.engine.report import print_result
 
 
 def test_batches_of_one_step_draw_apart():
@@ -27,3 +28,31 @@ def test_a_resumed_run_goes_on_counting():
 def test_steps_alone_end_the_schedule():
     trainer = SimpleNamespace(max_epochs=-1, max_steps=50)
     assert ZooTask.total_steps(SimpleNamespace(trainer=trainer)) == 50
+
+
+def test_the_last_epoch_is_validated():
+    trainer = SimpleNamespace(max_epochs=3, current_epoch=1, check_val_every_n_epoch=2)
+    ValidateLast().on_train_epoch_start(trainer, None)
+    assert trainer.check_val_every_n_epoch == 2
+    trainer.current_epoch = 2
+    ValidateLast().on_train_epoch_start(trainer, None)
+    assert trainer.check_val_every_n_epoch == 1
+
+
+def test_many_metrics_stay_readable(tmp_path, capsys):
+    metrics = {f"a_long_metric_{i}": 0.123456 for i in range(14)}
+    result = {
+        "task": "asr",
+        "data": "d",
+        "model": "aed",
+        "attention": "mala",
+        "slots": [1],
+        "test": metrics,
+        "skipped": {},
+    }
+    cost = {"samples_per_s": 1.0, "parameters": 1, "flops": 1.0, "train_seconds": 1.0, "peak_memory_mib": 1.0}
+    print_result(
+        {**result, "baselines": {"most_common_text": {"a_long_metric_3": 0.5}}, "cost": cost}, tmp_path
+    )
+    out = capsys.readouterr().out
+    assert "…" not in out and "most_common_text (baseline)" in out and out.count("0.1235") == 14

@@ -172,3 +172,10 @@ def test_every_cell_of_the_matrix_is_a_number_or_a_reason(tmp_path):
     html = page(rows, failures, results, [comparison], None)
     assert "no result [1]" in html and html.count("<section") == 3
     assert comparison.ranking is None, "mala has no result in one of the tasks"
+
+
+def test_a_report_over_nothing_leaves_nothing(tmp_path):
+    from zoo.__main__ import main
+
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert not list(tmp_path.iterdir())

@@ -110,6 +110,14 @@ def test_predict_and_show_commands(finished, tmp_path, capsys):
         (["model.num_heads=3"], "must divide dim"),
         (["trainer.max_epoch=3"], "did you mean max_epochs"),
         (["resume=/nope"], "no run there"),
+        (["attention@encodr_attention=mala"], "did you mean attention@encoder_attention?"),
+        (["data=adult"], "task 'vit' needs images: digits, imagefolder, mnist"),
+        (["model=sasrec"], "model 'sasrec' is for task=recommendation; those of task 'vit': vit"),
+        pytest.param(
+            ["trainer=gpu"],
+            "trainer=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here"),
+        ),
         (["logger=csv", "callbacks.ema_decay=2"], r"outside [0, 1)"),
         (["task.lr=abc"], "task.lr='abc' must be of type float"),
         (["task.betas=[1,2]"], "task.betas=[1, 2] must be two numbers in [0, 1)"),
@@ -142,6 +150,11 @@ def test_bad_input_gets_one_clear_line(overrides, text, tmp_path, capsys):
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and text in lines[0] and "Traceback" not in err
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_auto_needs_a_folder_to_look_in(capsys):
+    status, err = run(*SMALL, "resume=auto", capsys=capsys)
+    assert status == 2 and "resume=auto" in err and "hydra.run.dir=FOLDER" in err
 
 
 def launch(folder, *overrides):

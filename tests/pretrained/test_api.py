@@ -141,4 +141,15 @@ def test_the_listing_says_how_good_weights_are(local, capsys):
     assert capsys.readouterr()[0].split()[:3] == ["vit_micro_gla.tiny", "vit", "loss"]
     assert main(["list", "models", "--task", "ctr", "--attention", "softmax"]) == 0
     assert {"dare", "din"} <= set(capsys.readouterr()[0].split())
+    assert main(["list", "data", "--task", "vit"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "digits",
+        "imagefolder",
+        "mnist",
+    ]
+    assert main(["list", "models", "--task", "vitt"]) == 2
+    assert "did you mean 'vit'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["list", "tasks", "--attention", "mala"])
+    assert "--attention chooses among models, weights" in capsys.readouterr().err
     assert main(["list", "weights", "--task", "asr"]) == 0

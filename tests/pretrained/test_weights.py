@@ -49,7 +49,7 @@ def test_round_trip_by_path_folder_and_name(tmp_path, monkeypatch):
         "vit_micro", attention="mala", pretrained="weights", depth=1, dim=16, num_heads=2, num_classes=3
     )
     assert torch.equal(named.eval()(images), expected)
-    with pytest.raises(WeightsError, match="no weights named 'wights'"):
+    with pytest.raises(WeightsError, match="no weights named 'wights'; did you mean 'weights'"):
         resolve("wights")
 
 

@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from zoo.attention.base import Attention, Grid, Pattern
 from zoo.attention.registry import create_attention, get_attention, list_attention
+from zoo.errors import unknown
 
 CONF = Path(__file__).parents[2] / "conf"
 HEAD = [
@@ -104,14 +107,29 @@ def weights_rows(task: str | None, attention: str | None) -> list[str]:
     return rows or ["no such weights; every run writes some into its folder"]
 
 
+def data_files(task: str) -> list[Path]:
+    """Configuration files of the data that a task can take."""
+    from tasks.registry import data_of_kind, get_task
+
+    kind = get_task(OmegaConf.load(CONF / "task" / f"{task}.yaml").task.kind).data_kind
+    files = (CONF / "data" / f"{name}.yaml" for name in data_of_kind(kind))
+    return [file for file in files if file.exists()]
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m zoo list", description="What the zoo holds.")
     kinds = ("attention", "models", "tasks", "data", "weights")
     parser.add_argument("kind", nargs="?", default="attention", choices=kinds)
     parser.add_argument("--markdown", action="store_true", help="the table of README")
-    parser.add_argument("--task", help="models or weights of this task alone")
+    parser.add_argument("--task", help="models, data or weights of this task alone")
     parser.add_argument("--attention", help="models with a place for this variant, or weights with it")
     args = parser.parse_args(argv)
+    for option, fits in (("task", ("models", "data", "weights")), ("attention", ("models", "weights"))):
+        if getattr(args, option) is not None and args.kind not in fits:
+            parser.error(f"--{option} chooses among {', '.join(fits)}, not {args.kind}")
+    tasks = [file.stem for file in (CONF / "task").glob("*.yaml")]
+    if args.task is not None and args.task not in tasks:
+        raise unknown("task", args.task, tasks)
     if args.kind == "attention":
         rows = capability_rows()
         if args.markdown:
@@ -133,6 +151,6 @@ def main(argv: list[str]) -> int:
         print("\n".join(weights_rows(args.task, args.attention)))
     else:
         group = {"tasks": "task"}.get(args.kind, args.kind)
-        for file in sorted((CONF / group).glob("*.yaml")):
+        for file in data_files(args.task) if args.task else sorted((CONF / group).glob("*.yaml")):
             print(f"{file.stem:22} {first_comment(file)}")
     return 0

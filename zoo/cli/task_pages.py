@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from zoo.cli.list import first_comment, markdown_table
-from zoo.models.registry import get_model
+from zoo.cli.list import data_files, first_comment, markdown_table
+from zoo.models.registry import get_model, task_of
 from zoo.pretrained.weights import list_weights, read_card, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +49,12 @@ def _page(file: Path) -> str:
         "## Places that take attention\n\n" + _slots(model, options),
         _experiments(task),
         f"## Options of the task\n\n{_options(file, 'task', under='task')}",
-        f"## Options of model `{model}`\n\n{_options(CONF / 'model' / f'{model}.yaml', 'model')}",
-        f"## Options of data `{data}`\n\n{_options(CONF / 'data' / f'{data}.yaml', 'data')}",
+        _others(
+            "models", [f for f in sorted((CONF / "model").glob("*.yaml")) if task_of(f.stem) == task], model
+        ),
+        _others("data", data_files(task), data),
+        f"## Options of model `{model}`\n\n{_options(CONF / 'model' / f'{model}.yaml', 'model', own=cfg.get('model'))}",
+        f"## Options of data `{data}`\n\n{_options(CONF / 'data' / f'{data}.yaml', 'data', own=cfg.get('data'))}",
         _weights(task),
         "Written by `python -m zoo docs`; edit the configuration or the docstrings instead.",
     ]
@@ -95,8 +100,25 @@ def _experiments(task: str) -> str:
     return "## Experiments\n\n" + markdown_table(["command", "what"], rows) if rows else ""
 
 
-def _options(file: Path, prefix: str, under: str | None = None) -> str:
-    """Keys with defaults and comments, read line by line: a yaml parser drops the comments."""
+def _others(what: str, files: list[Path], default: str) -> str:
+    """What else `model=` or `data=` may be, with what its configuration says about itself."""
+    rows = [
+        [f"`{file.parent.name}={file.stem}`", first_comment(file).replace("|", "\\|")]
+        for file in files
+        if file.stem != default
+    ]
+    return f"## Other {what}\n\n" + markdown_table(["choice", "what"], rows) if rows else ""
+
+
+def _options(file: Path, prefix: str, under: str | None = None, own: Mapping[str, Any] | None = None) -> str:
+    """Keys with defaults and comments, read line by line: a yaml parser drops the comments.
+
+    Args:
+        file: Configuration file.
+        prefix: Group of the options.
+        under: The mapping in the file that has them; the whole file when left out.
+        own: Values that the task has in place of the file's.
+    """
     rows, inside = [], under is None
     for line in file.read_text().splitlines():
         if under is not None and re.match(r"^\w", line):
@@ -112,7 +134,8 @@ def _options(file: Path, prefix: str, under: str | None = None) -> str:
         ):
             continue
         text = (found["text"] or "").replace("|", "\\|")
-        rows.append([f"`{prefix}.{found['key']}`", f"`{found['value']}`", text])
+        value = (own or {}).get(found["key"], found["value"])
+        rows.append([f"`{prefix}.{found['key']}`", f"`{value}`", text])
     return markdown_table(["option", "default", "meaning"], rows)
 
 

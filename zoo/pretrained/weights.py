@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.attention.slots import AttentionFactory
 from zoo.conversion import swap
-from zoo.errors import CapabilityError, ConfigError, WeightsError
+from zoo.errors import CapabilityError, ConfigError, WeightsError, closest
 from zoo.files import write_whole
 from zoo.models.registry import build_model, get_model, split_name
 from zoo.pretrained.hub import PREFIX, fetch_from_hub
@@ -180,7 +180,11 @@ def resolve(name: str | Path) -> Path:
         if candidate.exists():
             return candidate
         tried.append(str(candidate))
-    raise WeightsError(f"no weights named {str(name)!r}; looked at {', '.join(tried)}")
+    near = closest(str(name), list_weights())
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise WeightsError(
+        f"no weights named {str(name)!r}; {hint}see: python -m zoo list weights; looked at {', '.join(tried)}"
+    )
 
 
 def list_weights(name: str = "*", *, task: str | None = None, attention: str | None = None) -> list[str]:
