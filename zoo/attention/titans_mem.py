@@ -6,9 +6,9 @@ sigmoids of linear maps of the token, per head. q, k, v pass a causal depthwise 
 output is RMS-normalised and multiplied by ``silu(x W_g + b_g)``. Gradients are taken at the memory of the chunk's start, as in the paper's
 parallel form; ``chunk=1`` takes each at the newest memory.
 Differs from the paper in: theta is at most `max_lr`; the memory is one matrix or two layers with residual and LayerNorm (as independent
-code has it); a memory that has learned nothing reads as zero; self, cross and causal_cross forms are ours (two directions, the second read
-before the token is learned; final memory; memory at each query's position). Persistent tokens and the MAC, MAG and MAL blocks are not part
-of this layer.
+code has it, where the LayerNorm's gain is learned online as well); a memory that has learned nothing reads as zero; self, cross and
+causal_cross forms are ours (two directions, the second read before the token is learned; final memory; memory at each query's position).
+Persistent tokens and the MAC, MAG and MAL blocks are not part of this layer.
 """
 
 from __future__ import annotations
