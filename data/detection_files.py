@@ -97,6 +97,12 @@ class FileScenes(SceneData):
         missing = [s for s in SPLITS if not records.get(s)]
         if missing:
             records |= self._divide(records.get("train", []), missing)
+        for split in SPLITS[1:]:
+            twice = {r.path for r in records["train"]} & {r.path for r in records[split]}
+            if twice:
+                raise DataError(
+                    f"data {self.name!r}: {len(twice)} pictures are in train and in {split}, {min(twice).name} among them"
+                )
         self._records = records
         return {split: SplitDataset(len(records[split]), _Batches(self, split)) for split in SPLITS}
 

@@ -214,6 +214,16 @@ def voc_folder(root, box=(6, 6, 15, 25)):
     return root
 
 
+def test_pictures_in_training_and_test_are_refused(tmp_path):
+    root = str(coco_folder(tmp_path))
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = content["annotations"][:1]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="1 pictures are in train and in test, 0.png among them"):
+        create_data("coco", root=root, test="test.json").setup()
+
+
 def test_voc_counts_from_one(tmp_path):
     data = create_data("voc", root=str(voc_folder(tmp_path)), image_size=60)
     records = all_records(data)
