@@ -64,7 +64,8 @@ def build_task(cfg: DictConfig, data: Any) -> tuple[ZooTask, dict[str, Attention
         if key.endswith("_attention") and value is not None
     }
     for slot, chosen in (("attention", attention), *overrides.items()):
-        check_types(slot, get_attention(chosen["name"]), chosen)
+        for entry in (chosen, *(e for e in chosen.get("stack") or () if isinstance(e, dict) and "name" in e)):
+            check_types(slot, get_attention(entry["name"]), entry)
     factories = resolve_slots(
         model_cls.slots(**arguments), attention, overrides, task=cfg.task.name, **switches
     )

@@ -218,7 +218,7 @@ def make_card(
         "kind": cfg.task.kind,
         "model": task.model.build_arguments,
         "attention": cfg.attention.name,
-        "slots": {k: {"name": f.name, "options": dict(f.options)} for k, f in factories.items()},
+        "slots": {k: f.card() for k, f in factories.items()},
         "preprocessing": data.preprocessing(),
         "labels": list(getattr(data, "labels", None) or []),
         "data": {**plain(cfg.data), "source": getattr(data, "source", None), "split": result["split"]},

@@ -6,7 +6,7 @@ Taylor heads project queries and keys to d' channels and use ``phi(x) = [1, x / 
 ``phi(q).phi(k) = 1 + s + s^2 / 2`` with ``s = q.k / sqrt(d')``, with the usual denominator. Window heads are softmax attention with
 rotary positions over the last `window` tokens.
 Differs from the paper in: the paper alternates Taylor and window *layers* (and short convolutions); here ``combine=head`` puts both into
-one layer, and ``combine=taylor`` or ``combine=window`` make layers to alternate by slots. Self uses a centred window; cross has no window,
+one layer, and ``combine=taylor`` and ``combine=window`` make layers, which `attention.stack` alternates. Self uses a centred window; cross has no window,
 its queries lie elsewhere, so all heads are Taylor heads there.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.attention.slots import resolve_slots
+from zoo.attention.slots import as_choice, resolve_slots
 from zoo.errors import ConfigError
 from zoo.models.registry import build_model, get_model, list_models, model_slots, split_name, task_of
 
@@ -66,7 +66,7 @@ def create_model(
             overrides = {**stored, **split_name(name)[1], **overrides}
             name = card["model"]["name"]
             if attention is None and slots is None:
-                slots = {slot: {"name": c["name"], **c["options"]} for slot, c in card["slots"].items()}
+                slots = {slot: as_choice(entry) for slot, entry in card["slots"].items()}
             attention = attention or card["attention"]
     attention = attention or "softmax"
     places = model_slots(name, **overrides)

@@ -3,7 +3,9 @@
 Paper: Calvello, Kovachki, Levine, Stuart, arXiv:2406.06486. A patch's function is represented by its first cosine
 coefficients (an orthonormal basis of the patch, good for functions that do not repeat at its ends), so inner products of
 tokens are L2 integrals, linear maps of tokens are integral operators, and the resolution only enters the quadrature.
-Differs from the paper in: cosine instead of Fourier modes, one-dimensional domains.
+Differs from the paper in: cosine instead of Fourier modes, one-dimensional domains. The cosines are taken half a cell beside the nodes
+(which keeps them orthogonal at every resolution), so the operator is that of the function moved by half a cell, and its answers
+converge with first order as the grid is refined.
 """
 
 from __future__ import annotations

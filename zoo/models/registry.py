@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -202,4 +203,5 @@ def build_model(name: str, attention: Mapping[str, AttentionFactory], **options:
     missing = sorted(set(cls.slots(**options)) - set(attention))
     if missing:
         raise ConfigError(f"model {stem!r} needs an attention factory for slot {', '.join(missing)}")
-    return cls(attention, **options)
+    fresh = {slot: replace(factory) for slot, factory in attention.items()}  # stacks begin with their first block
+    return cls(fresh, **options)

@@ -250,7 +250,7 @@ def build_from_card(card: dict[str, Any]) -> nn.Module:
     allow_order = bool(card.get("config", {}).get("attention", {}).get("allow_order"))
     try:
         factories = {
-            name: AttentionFactory(slots[name], chosen["name"], chosen["options"], allow_order=allow_order)
+            name: AttentionFactory.from_card(slots[name], chosen, allow_order)
             for name, chosen in card["slots"].items()
         }
     except KeyError as error:
