@@ -94,7 +94,9 @@ def test_moh_balance_loss_is_k_when_balanced_and_steers_the_router():
     half = module.auxiliary_loss()
     module(x[:, :6])
     assert (half - module.auxiliary_loss()).abs() < 1e-12
-    assert module.eval().__getstate__()["_balance"] is None
+    assert module.__getstate__()["_balance"] is None
+    module.eval()(x)
+    assert module.auxiliary_loss() == 0  # and the graph of the training pass is gone
 
 
 def test_unselected_heads_get_no_gradient_from_a_token():

@@ -7,7 +7,9 @@ probability. ``y = W_O [g_i O_i]_i``; with ``a = softmax(W_h x)``, shared ``g = 
 ``2 a``, ``h_s softmax(W_s x)``, and the routed probabilities divided by their sum over the selected and multiplied by k.
 Load balance: ``L = E sum_e mean(prob_e) mean(selected_e)``, k when balanced; `auxiliary_loss` returns it per layer.
 Differs from the official code in: heads that a token did not select are not computed (the released code computes and multiplies by
-zero); tokens that the key mask hides do not count for the balance; without `shared_heads` there is no W_h, as there.
+zero); tokens that the key mask hides do not count for the balance; tasks add up the balance of their layers, of which the official
+code takes the mean, so `task.auxiliary_weight` (0.01 there and here) counts as many times as there are layers. Without `shared_heads`
+there is no W_h, as there.
 Gates depend on the query token alone, hence strict causality and every pattern. The LLaMA form without router parameters is left out.
 """
 
@@ -111,8 +113,8 @@ class MohAttention(Attention):
             if official:
                 own = self.active * own / own.sum(-1, keepdim=True)
             parts.append(own if kind is None else kind[..., 1:] * own)
-            if self.training:
-                self._balance = self._load(prob, chosen, None if self.pattern.cross else key_mask)
+            keep = None if self.pattern.cross else key_mask
+            self._balance = self._load(prob, chosen, keep) if self.training else None
         elif self.routed:
             parts.append(x.new_zeros(*x.shape[:2], self.routed))
         return torch.cat(parts, -1).transpose(1, 2), index
@@ -126,7 +128,7 @@ class MohAttention(Attention):
         return self.routed * (means[0] * means[1]).sum()
 
     def auxiliary_loss(self) -> Tensor:
-        """Load balance of the last training pass: k when balanced."""
+        """Load balance of the last pass if that was training: k when balanced."""
         return super().auxiliary_loss() if self._balance is None else self._balance
 
     # ---------------------------------------------------------------- mixing
