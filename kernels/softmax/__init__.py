@@ -64,6 +64,7 @@ def attention(
     head_gate: Tensor | None = None,
     skip_threshold: float = 0.0,
     skip_tile: tuple[int, int] = (64, 64),
+    skip_voting: Tensor | None = None,
     return_lse: bool = False,
     higher_order: bool = False,
     impl: str | None = None,
@@ -90,6 +91,7 @@ def attention(
         skip_threshold: Drop a tile of keys in which every row has ``exp(tile maximum - running maximum)`` below this over the row's
             visible keys (BLASST); the dropped weight of a row is then below this number. 0 drops nothing.
         skip_tile: Queries and keys of such a tile.
+        skip_voting: Queries, bool [B, N], for whose sake a tile stays; None for all. Queries that are padding have no say.
         return_lse: Also return the log-sum-exp of each row; it carries gradients.
         higher_order: The result will be differentiated more than once, or in forward mode.
         impl: "reference", "torch" or "triton"; None chooses by context, environment and device.
@@ -146,7 +148,8 @@ def attention(
         raise ValueError(
             f"{op}: skip_threshold must be >= 0 and skip_tile >= 1, got {skip_threshold}, {skip_tile}"
         )
-    skip = reference.Skip(skip_threshold, *skip_tile) if skip_threshold else None
+    check_key_mask(f"{op}, skip_voting", skip_voting, q.shape[0], q.shape[2])
+    skip = reference.Skip(skip_threshold, *skip_tile, skip_voting) if skip_threshold else None
     gap = "dropout" if dropout else None
     if skip is not None:
         shaped = any(option is not None for option in (bias, factors, score_mod, post_mask))

@@ -192,6 +192,8 @@ def attention(
     limit = None
     if skip is not None:
         limit = log_limit(skip, k, key_mask, pos_q, pos_k, window).expand(-1, n)
+        if skip.voting is not None:
+            limit = limit.masked_fill(~skip.voting, 1e30)  # finite: it is added to maxima of -inf
     out, lse, _ = softmax_fwd(
         q, k, v, wide(bias), *(factors or (None, None)), *tables, wide(post), key_mask, pos_q, pos_k, limit,
         left, right, aligned, float(scale), float(softcap or 0.0), list(mod.code) if mod is not None else [],

@@ -7,11 +7,19 @@ from torch import Tensor
 
 
 class Skip(NamedTuple):
-    """A tile of scores is dropped where exp(row maximum - running maximum) < threshold / (visible keys) in all of its rows."""
+    """A tile of scores is dropped where exp(row maximum - running maximum) < threshold / (visible keys) in all of its rows.
+
+    Rows that ``voting``, bool [B, N], leaves out keep no tile; None for none.
+    """
 
     threshold: float
     rows: int
     keys: int
+    voting: Tensor | None = None
+
+    def between(self, start: int, stop: int) -> "Skip":
+        """For a block of rows."""
+        return self if self.voting is None else self._replace(voting=self.voting[:, start:stop])
 
 
 @torch.no_grad()
@@ -26,6 +34,8 @@ def skipped(scores: Tensor, visible: Tensor, skip: Skip) -> Tensor:
     limit = (skip.threshold / visible.sum(-1, keepdim=True).clamp(min=1)).log()
     low = tile_max - tile_max.cummax(-1).values < pad(limit, (0, 0, 0, -n % skip.rows))
     low = low | (tile_max == -torch.inf)
+    if skip.voting is not None:
+        low = low | pad(~skip.voting, (0, -n % skip.rows), value=True)[:, None, :, None]
     low = low.unflatten(-2, (-1, skip.rows)).all(-2).repeat_interleave(skip.rows, -2)
     return low.repeat_interleave(skip.keys, -1)[..., :n, :m]
 

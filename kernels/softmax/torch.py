@@ -126,7 +126,8 @@ def attention(
             if not explicit:
                 return _sdpa(q, k, v, visible, part, scale, dropout)
             after = None if post is None else _block(post, start, stop, lo, hi)
-            return _explicit(q, k, v, visible, part, scale, dropout, softcap, skip, after)
+            rule = None if skip is None else skip.between(start, stop)
+            return _explicit(q, k, v, visible, part, scale, dropout, softcap, rule, after)
 
         args = (q[:, :, start:stop], k[:, :, lo:hi], v[:, :, lo:hi])
         # Masks that SDPA keeps for its backward are small in a band; elsewhere they would add up to N x M.

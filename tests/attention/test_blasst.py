@@ -61,3 +61,21 @@ def test_a_query_decides_for_itself_wherever_it_may_come_alone():
         state = module.init_state(2, context=context)
         rows = torch.cat([module.step(x[:, t : t + 1], state)[0] for t in range(9)], 1)
     torch.testing.assert_close(rows, module(x, context), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_behind_the_end_is_deletion(monkeypatch):
+    """Padded queries share tiles with real ones and must not keep keys for them; blocks of rows agree."""
+    from kernels.softmax import torch as path
+
+    module = make("blasst", factor=8.0, block_q=8, block_k=2)
+    q, k, v = qkv(n=30, m=30)
+    mask = torch.arange(30).expand(2, -1) < 19
+    short = [t[:, :, :19] for t in (6 * q, k, v)]
+    assert module.sparsity(*short[:2]) > 0.1
+    want = module.attend(*short)
+    for elements in (None, 2000):
+        if elements:
+            monkeypatch.setitem(path.attention.__kwdefaults__, "block_elements", elements)
+        assert (module.attend(6 * q, k, v, key_mask=mask)[:, :, :19] - want).abs().max() < 1e-12
+    weights = module.weights(6 * q, k, key_mask=mask)
+    assert (weights[:, :, :19, :19] - module.weights(*short[:2])).abs().max() < 1e-12

@@ -180,6 +180,13 @@ def test_skipping_drops_what_the_rule_drops_and_nothing_at_zero(monkeypatch):
     kept = ops.softmax_fwd(q, k, v, *call, limit, -1, -1, False, 0.25, 0.0, [], list(options["skip_tile"]))[2]
     assert torch.equal(kept.bool().unflatten(0, (2, 2)), ~dropped)
     assert dropped[0].any() and not dropped[0].all()
+    skip = {name: options[name] for name in ("key_mask", "skip_threshold", "skip_tile")}
+    have, want = (
+        attention(q, k, v, **skip, skip_voting=torch.arange(40).expand(2, -1) < 32, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    assert have[:, :, 32:].abs().max() == 0  # nobody in their tile has a say
     plain = attention(q, k, v, impl="triton", return_lse=True)
     for a, b in zip(
         attention(q, k, v, impl="triton", return_lse=True, skip_threshold=1e-30, skip_tile=(32, 16)),

@@ -4,7 +4,8 @@ Paper: BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding, arXi
 skipped when in every row of the query tile ``max_tile(s) - running_max(s) < ln(lambda)``, with ``lambda = factor / visible keys``; the running
 maximum includes the tile. Skipped entries have weight below lambda, and the row's largest entry stays, so the weight lost by a row is
 below `factor`, and ``|O - O_exact| <= 2 factor max|v|``.
-Differs from the paper in: `factor` counts the visible keys of each row, so that padding equals deletion; causal and cross patterns decide
+Differs from the paper in: `factor` counts the visible keys of each row, and padded queries keep no tile, so that padding behind the end
+equals deletion (elsewhere it moves the tiles' borders, within that bound); causal and cross patterns decide
 row by row (`block_q` 1), since the rows of a tile would otherwise depend on each other's future and a query decoded alone would differ; the CPU
 path applies the rule but saves no time. What is skipped depends on the order of the keys, within that bound.
 """
@@ -86,8 +87,13 @@ class BlasstAttention(Attention):
             positions=positions,
             skip_threshold=self.factor,
             skip_tile=self.tile,
+            skip_voting=self._voting(key_mask),
             higher_order=self.higher_order,
         )
+
+    def _voting(self, key_mask: Tensor | None) -> Tensor | None:
+        """Queries for whose sake a tile stays, bool [B, N]: in self-attention those that the key mask keeps."""
+        return key_mask if self.pattern is Pattern.SELF else None
 
     def _kept(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Any, positions: Tensor | None
@@ -97,11 +103,9 @@ class BlasstAttention(Attention):
         visible = visible_pairs(q, k, causal=self.causal, key_mask=key_mask, positions=positions)
         visible = visible.expand_as(scores)
         kept = visible & (scores > -torch.inf)
-        return (
-            scores,
-            visible,
-            kept & ~skipped(scores, kept, Skip(self.factor, *self.tile)) if self.factor else kept,
-        )
+        if self.factor:
+            kept = kept & ~skipped(scores, kept, Skip(self.factor, *self.tile, self._voting(key_mask)))
+        return scores, visible, kept
 
     def weights(
         self,
