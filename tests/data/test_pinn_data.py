@@ -86,6 +86,12 @@ def test_periodic_flow_decays_like_taylor_green_and_satisfies_its_equation():
         assert np.abs(rate + rest).max() < 1e-3
 
 
+@pytest.mark.parametrize("viscosity, way", [(1e-3, "larger viscosity"), (100.0, "smaller viscosity")])
+def test_a_flow_that_the_modes_do_not_resolve_is_refused(viscosity, way):
+    with pytest.raises(DataError, match=way), np.errstate(all="ignore"):
+        periodic_flow(viscosity, 2.0, modes=16, snapshots=2)
+
+
 def test_all_problems_are_listed_and_build():
     assert set(CLOSED) | {"burgers1d", "cavity", "ns_inverse", "cylinder"} == set(list_problems())
 
