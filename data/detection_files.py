@@ -32,8 +32,9 @@ class FileScenes(SceneData):
         flip: Probability of mirroring a training image.
         crop: Cut random windows that keep objects out of training images (SSD's IoU crop); needs boxes.
         photometric: Change brightness, contrast and colour of training images.
-        val_fraction: Share of the training images for validation, where the data name none.
-        test_fraction: The same for test.
+        val_fraction: Share of the training images for validation, where the data name none or hold out one split alone, which is
+            the test split then, whether they call it val or test.
+        test_fraction: Share of the training images for test, where the data hold out nothing.
         common: Options of :class:`data.base.ZooData`.
     """
 
@@ -94,6 +95,8 @@ class FileScenes(SceneData):
     def load(self) -> dict[str, Dataset]:
         records, self.labels = self.read()
         records = {split: self._existing(found) for split, found in records.items()}
+        if records.get("val") and not records.get("test"):
+            records["test"] = records.pop("val")  # what the data hold out is what its users compare
         missing = [s for s in SPLITS if not records.get(s)]
         if missing:
             records |= self._divide(records.get("train", []), missing)

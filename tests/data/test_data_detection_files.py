@@ -224,6 +224,21 @@ def test_pictures_in_training_and_test_are_refused(tmp_path):
         create_data("coco", root=root, test="test.json").setup()
 
 
+def test_a_lone_validation_file_is_the_test_split(tmp_path):
+    """Its scores are what its users compare; validation comes from the training images, as with imagefolder."""
+    root = str(coco_folder(tmp_path))
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    first, *others = content["images"]
+    for name, images in (("train", others), ("held", [first])):
+        ids = {image["id"] for image in images}
+        kept = [a for a in content["annotations"] if a["image_id"] in ids]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"images": images, "annotations": kept}))
+    data = create_data("coco", root=root, train="train.json", val="held.json")
+    ids = data.split_ids()
+    assert len(ids["test"]) == 1 and ids["test"][0].endswith(first["file_name"])
+    assert ids["val"] and not set(ids["val"]) & {*ids["train"], *ids["test"]}
+
+
 def test_voc_counts_from_one(tmp_path):
     data = create_data("voc", root=str(voc_folder(tmp_path)), image_size=60)
     records = all_records(data)
