@@ -1,7 +1,8 @@
 """Physics-informed training: residuals by exact derivatives, balanced terms, first-order then quasi-Newton steps.
 
 Optimisation is manual. Phase one (Adam or SOAP, float32) resamples points by residual; phase two (quasi-Newton, float64)
-freezes them for rounds of iterations, because a changing objective breaks curvature estimates. Validation is the residual
+freezes them for rounds of iterations, because a changing objective breaks curvature estimates. For that reason it also runs the
+network in evaluation mode: no dropout, and attention that changes from one training pass to the next (causal_vit) stays as it is. Validation is the residual
 loss at held-out points; the reference grid is the test and is never looked at before.
 """
 
@@ -168,6 +169,7 @@ class PinnTask(ZooTask):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         second = self.second != "none" and step >= self.first_steps
         optimizer = optimizers[-1] if second else optimizers[0]
+        self.model.train(not second)  # a line search needs one function
         if second:
             self._prepare_second(optimizer.optimizer, step)
         else:

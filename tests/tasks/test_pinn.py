@@ -107,6 +107,16 @@ def test_a_variants_own_loss_is_announced_as_left_out(caplog):
     assert "loss of its own" not in caplog.text
 
 
+@pytest.mark.parametrize("first_steps, moves", [(2, True), (0, False)])
+def test_a_line_search_sees_one_function(first_steps, moves, tmp_path):
+    few = {"tokens": 2, "hidden": [8], "head": [8]}
+    task = make("physicsformer", attention="causal_vit", model_options=few, first_steps=first_steps)
+    masks = [m for m in task.model.modules() if hasattr(m, "passes")]
+    before = [int(m.passes) for m in masks]
+    fit(task, tmp_path, 2)
+    assert masks and [int(m.passes) > b for m, b in zip(masks, before, strict=True)] == [moves] * len(masks)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_way_out_and_keeps_the_best_state(tmp_path):
     task = make(first_steps=20)
     good = task.objective.backward

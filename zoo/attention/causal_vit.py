@@ -6,7 +6,8 @@ from its behaviour). Weights are multiplied by ``M = a + (1 - a) tril`` with a g
 is masked but not strictly causal. `mask_site=pre` adds log M to the scores: a causal softmax at a = 0. The class token comes after the
 patches; here tokens without a place (`grid.prefix`) count as last instead of being moved.
 Differs from the official code in: a falls linearly over `anneal_steps` training passes of the module, not over epochs, and is
-``1 - (t + 1) / (anneal_steps + 1)`` after t of them; the causal pattern has a = 0; norms, SwiGLU and positions belong to the model.
+``1 - (t + 1) / (anneal_steps + 1)`` after t of them (point networks make several in a step, one for each piece of their loss, and none
+in quasi-Newton steps, where a is frozen); the causal pattern has a = 0; norms, SwiGLU and positions belong to the model.
 """
 
 from __future__ import annotations
