@@ -11,8 +11,9 @@ from data import DataError, create_data, speech_text
 from data.sampler import BatchKey
 from data.speech_augment import WaveAugment
 from data.speech_baselines import edit_distance, error_rates
-from data.speech_bucketing import BucketSampler, make_buckets, padding_ratio, search_batch_size
+from data.speech_bucketing import BucketSampler, make_buckets, search_batch_size
 from data.speech_tokenisers import BpeTokeniser, CharTokeniser, normalise
+from tasks.asr_figures import log_normal_sample, padding_of_sample
 from zoo.audio import read_audio
 
 
@@ -254,29 +255,16 @@ def test_error_rates_are_corpus_level():
 # ------------------------------------------------------------------------------------------- buckets
 
 
-def log_normal(count=4000):
-    rng = np.random.default_rng(0)
-    durations = np.clip(rng.lognormal(1.5, 0.7, count), 0.5, 40)
-    return durations, np.maximum(1, (durations * 14 * rng.uniform(0.8, 1.2, count)).astype(int))
-
-
 def test_buckets_take_padding_below_a_tenth():
-    """On log-normal lengths random batches waste about half, thirty buckets (the paper's number) under 10 %."""
-    durations, tokens = log_normal()
-    order = np.random.default_rng(1).permutation(len(durations))
-    random = padding_ratio(durations, np.split(order, range(32, len(order), 32)))
-    sampler = BucketSampler(
-        *(lambda b: (b, [32] * len(b)))(make_buckets(durations, tokens, buckets=30)), seed=0
-    )
-    bucketed = padding_ratio(durations, sampler.batches())
-    assert random > 0.4 and bucketed < 0.1
-    two = make_buckets(durations, tokens, buckets=30, token_buckets=2)
-    batches = BucketSampler(two, [32] * len(two)).batches()
-    assert padding_ratio(tokens, batches) < padding_ratio(tokens, sampler.batches()) < 0.35
+    """On log-normal lengths random batches are padding by seven tenths, thirty buckets (the paper's number) under 10 %."""
+    ratios = padding_of_sample()
+    assert ratios["random"]["seconds"] > 0.6 and ratios["30 buckets"]["seconds"] < 0.1
+    assert ratios["sorted"]["seconds"] < ratios["30 buckets"]["seconds"]
+    assert ratios["30 x 2 buckets"]["tokens"] < ratios["30 buckets"]["tokens"] < 0.35
 
 
 def test_buckets_partition_by_equal_duration():
-    durations, tokens = log_normal()
+    durations, tokens = log_normal_sample()
     buckets = make_buckets(durations, tokens, buckets=8)
     members = np.concatenate([b.members for b in buckets])
     assert sorted(members.tolist()) == list(range(len(durations)))
@@ -296,7 +284,7 @@ def test_equal_durations_give_their_cuts_to_tokens():
 
 def test_ranks_draw_the_same_bucket():
     """At each step all processes have the same bucket and different utterances; epochs differ and repeat."""
-    durations, tokens = log_normal(1003)
+    durations, tokens = log_normal_sample(1003)
     buckets = make_buckets(durations, tokens, buckets=5)
     of = {int(i): n for n, b in enumerate(buckets) for i in b.members}
     ranks = [BucketSampler(buckets, [16] * 5, seed=3, rank=r, world_size=3) for r in range(3)]
