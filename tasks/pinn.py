@@ -2,8 +2,8 @@
 
 Optimisation is manual. Phase one (Adam or SOAP, float32) resamples points by residual; phase two (quasi-Newton, float64)
 freezes them for rounds of iterations, because a changing objective breaks curvature estimates. For that reason it also runs the
-network in evaluation mode: no dropout, and attention that changes from one training pass to the next (causal_vit) stays as it is. Validation is the residual
-loss at held-out points; the reference grid is the test and is never looked at before.
+network in evaluation mode: no dropout, and attention that changes from one training pass to the next (causal_vit) stays as it is.
+Validation is the residual loss at held-out points; the reference grid is the test and is never looked at before.
 """
 
 from __future__ import annotations

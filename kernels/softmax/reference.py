@@ -9,7 +9,7 @@ from torch import Tensor
 class Skip(NamedTuple):
     """A tile of scores is dropped where exp(row maximum - running maximum) < threshold / (visible keys) in all of its rows.
 
-    Rows that ``voting``, bool [B, N], leaves out keep no tile; None for none.
+    Rows that ``voting``, bool [B, N], leaves out keep no tile; None leaves none out.
     """
 
     threshold: float
