@@ -82,17 +82,31 @@ def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tell_apart(runs: list[dict[str, Any]]) -> None:
-    """Runs of one row are seeds of one configuration: where other settings differ, these are written behind the variant's name."""
-    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    """Runs of one row are seeds of one configuration, and rows of one table differ in their attention: all else is written behind the name.
+
+    Options of the attention count among runs with one variant, everything else among all runs that are ranked together.
+    """
+    settings: dict[int, list[str]] = defaultdict(list)
+    for shared, of_attention in ((("task", "data", "model", "protocol"), False), (ROW, True)):
+        groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+        for run in runs:
+            groups[tuple(run.get(k) for k in shared)].append(run)
+        for group in groups.values():
+            found = differences([run.get("config", {}) for run in group])
+            if any(run.get("search") for run in group):
+                found.pop("task.lr", None)  # the search chose it, for each seed anew
+            for key, values in found.items():
+                if _is_of_attention(key) is of_attention:
+                    for run, value in zip(group, values, strict=True):
+                        settings[id(run)].append(f"{key.removeprefix('attention.')}={value}")
     for run in runs:
-        groups[tuple(run.get(k) for k in ROW)].append(run)
-    for group in groups.values():
-        found = differences([run.get("config", {}) for run in group])
-        if any(run.get("search") for run in group):
-            found.pop("task.lr", None)  # the search chose it, for each seed anew
-        for place, run in enumerate(group if found else ()):
-            named = (f"{key.removeprefix('attention.')}={values[place]}" for key, values in found.items())
+        if named := settings[id(run)]:
             run["attention"] += f" ({', '.join(named)})"
+
+
+def _is_of_attention(key: str) -> bool:
+    """Options of the variant, and what fills single places: `attention.qk_norm`, `cross_attention`."""
+    return key.split(".")[0].endswith("attention")
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

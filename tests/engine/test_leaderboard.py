@@ -93,6 +93,15 @@ def test_settings_beyond_the_seed_make_rows_of_their_own():
     ]
     tell_apart(searched)
     assert {r["attention"] for r in searched} == {"mala"}
+    unlike = [
+        result(name, 0, 0.5) | {"config": {"trainer": {"max_epochs": e}, "attention": {"name": name}}}
+        for name, e in (("softmax", 36), ("mala", 2))
+    ]
+    tell_apart(unlike)
+    labels = [r["attention"] for r in unlike]
+    assert labels == ["softmax (trainer.max_epochs=36)", "mala (trainer.max_epochs=2)"], (
+        "ranked, but not alike"
+    )
 
 
 def test_a_repeated_seed_counts_once():
