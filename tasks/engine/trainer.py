@@ -44,6 +44,11 @@ def check_settings(cfg: DictConfig) -> None:
         if value is not None and not number:
             limit = f"of at least {low}" if high is None else f"from {low} to {high}"
             raise ConfigError(f"{name}={value} must be a whole number {limit}")
+    endless = (trainer.max_epochs or -1) < 0 and (trainer.max_steps or -1) < 0
+    if endless and cfg.protocol.name != "equal_time" and not trainer.fast_dev_run:
+        raise ConfigError(
+            "trainer.max_epochs=-1 would train for ever: give a number, trainer.max_steps, or protocol=equal_time protocol.seconds=S"
+        )
     clip = trainer.gradient_clip_val
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise ConfigError(f"trainer.gradient_clip_val={clip} must be positive, or null for none")

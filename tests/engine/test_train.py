@@ -130,6 +130,7 @@ def test_predict_and_show_commands(finished, tmp_path, capsys):
         (["trainer.gradient_clip_val=-1"], "must be positive, or null"),
         (["trainer.gradient_clip_val=abc"], "trainer.gradient_clip_val=abc must be positive, or null"),
         (["callbacks.ema_decay=abc"], "callbacks.ema_decay=abc is outside [0, 1)"),
+        (["trainer.max_epochs=-1"], "would train for ever"),
         (["trainer.deterministic=abc"], "trainer.deterministic=abc must be true, false or warn"),
         (["trainer.threads=true"], "trainer.threads=True must be a whole number of at least 1"),
         (["trainer.matmul_precision=hihg"], "did you mean 'high'"),
