@@ -1,6 +1,5 @@
 """SASRec, BERT4Rec and HSTU: padding, causality, user states, serving."""
 
-
 import pytest
 import torch
 

@@ -203,5 +203,7 @@ def build_model(name: str, attention: Mapping[str, AttentionFactory], **options:
     missing = sorted(set(cls.slots(**options)) - set(attention))
     if missing:
         raise ConfigError(f"model {stem!r} needs an attention factory for slot {', '.join(missing)}")
-    fresh = {slot: replace(factory) for slot, factory in attention.items()}  # stacks begin with their first block
+    fresh = {
+        slot: replace(factory) for slot, factory in attention.items()
+    }  # stacks begin with their first block
     return cls(fresh, **options)
