@@ -1,5 +1,7 @@
 """Identities of the variants that know places: neighborhood, clear, ppma, karat; and efficient probing."""
 
+import math
+
 import pytest
 import torch
 from variants import build, inputs
@@ -121,6 +123,60 @@ def test_disc():
     rows, cols = torch.arange(20) // 5, torch.arange(20) % 5
     near = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2 < 4
     assert torch.equal(weights[0, 0] > 0, near)
+
+
+def test_cells_are_further_keys_of_image_tokens():
+    """Against a loop over cells, masked tokens and cut cells included; the map says the same."""
+    grid, s = Grid((5, 6), 2), 2
+    module = make("clear", radius=2, grid=grid, downsample=s)
+    with torch.no_grad():
+        module.pool.copy_(torch.tensor([[0.5, -0.1], [0.4, 0.3]]))
+    q, k, v = qkv(32)
+    mask = torch.ones(2, 32, dtype=torch.bool)
+    mask[0, [3, 8, 9]] = mask[1, 1] = False
+    k[0, :, 8] = v[0, :, 8] = 1e3
+    rows, cols = torch.arange(30) // 6, torch.arange(30) % 6
+    near = torch.ones(32, 32, dtype=torch.bool)
+    near[2:, 2:] = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2 < 4
+    want = torch.zeros(2, 2, 32, 6, dtype=torch.float64)
+    for b in range(2):
+        keys, values, seen = [*k[b].unbind(1)], [*v[b].unbind(1)], [*(near & mask[b]).unbind(1)]
+        for i in range(0, 5, s):
+            for j in range(0, 6, s):
+                inside = [
+                    (2 + 6 * (i + a) + j + c, module.pool[a, c])
+                    for a in range(s)
+                    for c in range(s)
+                    if i + a < 5 and mask[b, 2 + 6 * (i + a) + j + c]
+                ]
+                share = len(inside) / s**2
+                if inside:
+                    keys.append(sum(w * k[b, :, t] for t, w in inside) / share)
+                    values.append(sum(w * v[b, :, t] for t, w in inside) / share)
+                    seen.append(torch.arange(32) >= 2)
+        scores = q[b] @ torch.stack(keys, 1).mT / 6**0.5
+        weights = scores.masked_fill(~torch.stack(seen, 1), -torch.inf).softmax(-1)
+        want[b] = weights @ torch.stack(values, 1)
+    have = module.attend(q, k, v, key_mask=mask, grid=grid)
+    assert (have - want).abs().max() < 1e-12
+    assert (module.weights(q, k, key_mask=mask, grid=grid) @ v - want).abs().max() < 1e-9
+
+
+def test_cells_of_one_token_repeat_it_and_the_scale_grows():
+    grid = Grid((4, 5))
+    q, k, v = qkv(20)
+    plain = kernel.attention(q, k, v)
+    assert (make("clear", radius=9, grid=grid, downsample=1).attend(q, k, v) - plain).abs().max() < 1e-12
+    x = torch.randn(2, 20, 12, dtype=torch.float64)
+    grown, fixed = make("clear", grid=grid, train_tokens=10), make("clear", grid=grid)
+    grown.load_state_dict(fixed.state_dict())
+    ratio = grown.project(x, x, x)[0] / fixed.project(x, x, x)[0]
+    assert (ratio - (math.log(20) / math.log(10)) ** 0.5).abs().max() < 1e-9
+    for options, text in (({"downsample": 0}, "at least 1"), ({"train_tokens": 1}, "at least 2")):
+        with pytest.raises(ConfigError, match=text):
+            make("clear", grid=grid, **options)
+    with pytest.raises(CapabilityError, match="bias"):
+        make("clear", grid=grid, downsample=2)(x, bias=torch.zeros(1, 1, 20, 20, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- ppma
