@@ -81,11 +81,11 @@ def attention(
         )  # fmt: skip
         return out.to(dtype), lse
     plain = not explicit and bias is None and mod is None and key_mask is None and dropout == 0.0
+    if plain and pos_q is None:
+        return unmasked(q, k, v, scale), None
+    if plain and aligned and window == (None, 0) and _few(q, k):
+        return _tiny(q, k, v, scale, causal=True), None
     free = torch.compiler.is_exporting()  # the batch is no number then, and nothing may depend on it
-    few = not free and m <= TINY_KEYS and n <= TINY_QUERIES and batch * heads >= TINY_SEQUENCES and group == 1
-    if plain and few and q.dtype == torch.float32 and q.device.type == "cpu":
-        if pos_q is None or (aligned and window == (None, 0)):
-            return _tiny(q, k, v, scale, causal=pos_q is not None), None
     plain_causal = aligned and n == m and window == (None, 0)
     if not explicit and bias is None and mod is None and key_mask is None and (pos_q is None or plain_causal):
         out = F.scaled_dot_product_attention(
@@ -190,6 +190,24 @@ def _with_halo(pieces: tuple[Tensor, ...], i: int, left: int, right: int) -> Ten
     last = i + 1 == len(pieces)
     after = piece.new_zeros(piece.shape[0], right, piece.shape[2]) if last else pieces[i + 1][:, :right]
     return torch.cat((before, piece, after), 1)
+
+
+def unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every query sees every key, and nothing else is asked for; [B, H, N, E]."""
+    if 0 in (q.shape[0], q.shape[2], k.shape[2]):
+        return reference.attention(q, k, v, visible=None, bias=None, scale=scale)[0]
+    if _few(q, k):
+        return _tiny(q, k, v, scale, causal=False)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _few(q: Tensor, k: Tensor) -> bool:
+    """Whether `_tiny` serves: short sequences, and many of them."""
+    if torch.compiler.is_exporting():  # the batch is no number then, and nothing may depend on it
+        return False
+    (batch, heads, n), m = q.shape[:3], k.shape[2]
+    small = m <= TINY_KEYS and n <= TINY_QUERIES and batch * heads >= TINY_SEQUENCES
+    return small and k.shape[1] == heads and q.dtype == torch.float32 and q.device.type == "cpu"
 
 
 def _tiny(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
