@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-from datetime import datetime, tzinfo
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -47,13 +46,9 @@ def read_csv(path: Path, **options: Any) -> Any:
         raise DataError(f"cannot read table {path}: {' '.join(str(error).split())}") from None
 
 
-# What a UTC offset in a pandas file is made of.
-_OFFSET = {("datetime", "timezone"), ("datetime", "timedelta")}
-
-
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS | _OFFSET:
+        if (module, name) in _HARMLESS:
             return super().find_class(module, name)
         raise DataError(
             f"the pickle asks for {module}.{name}, which a list of ids and a matrix do not need; nothing of it was run. "
@@ -230,25 +225,18 @@ def _times(node: Any, path: Path) -> tuple[np.ndarray, str | None]:
     # pandas keeps such times in UTC; days and rush hours follow the local clock.
     zone = _stored_zone(stored, path)
     local = [datetime.fromtimestamp(seconds, zone) for seconds in times.astype(np.int64).tolist()]
-    name = getattr(zone, "key", None) or local[0].isoformat()[-6:]
-    return np.array([time.replace(tzinfo=None) for time in local], dtype="datetime64[s]"), name
+    return np.array([time.replace(tzinfo=None) for time in local], dtype="datetime64[s]"), zone.key
 
 
-def _stored_zone(stored: Any, path: Path) -> tzinfo:
-    """A zone that pandas wrote as its name or as a pickled offset."""
+def _stored_zone(stored: Any, path: Path) -> ZoneInfo:
+    """A zone that pandas wrote as its name; plain offsets, UTC among them, it writes as pickles."""
     try:
         return ZoneInfo(_text(stored))
     except (KeyError, ValueError, OSError):  # no name, or none that is known here
-        pass
-    try:
-        zone = _Restricted(io.BytesIO(bytes(stored)), encoding="latin1").load()
-    except Exception:
-        zone = None
-    if not isinstance(zone, tzinfo):
         raise DataError(
-            f"{path}: the time zone of the index cannot be read; save local times, df.index = df.index.tz_localize(None)"
-        )
-    return zone
+            f"{path}: the index has a time zone without a name, stored as a pickled object, which is not opened here; save local times, "
+            "df.index = df.index.tz_localize(None), or a named zone, df.index.tz_convert('Etc/UTC')"
+        ) from None
 
 
 def _text(item: Any) -> str:

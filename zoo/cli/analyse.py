@@ -15,7 +15,8 @@ from torch import Tensor
 from zoo.analysis import LayerSinks, head_ablation, head_importance, sinks
 from zoo.analysis.modules import attention_modules
 from zoo.analysis.sinks import THRESHOLD
-from zoo.errors import ConfigError, WeightsError
+from zoo.cli._trained import trained
+from zoo.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -50,21 +51,7 @@ def main(argv: list[str]) -> int:
 
 def _task_and_batches(name: str, count: int) -> tuple[Any, list[Any], str]:
     """The trained task, batches that its loss takes, and where they come from."""
-    from omegaconf import OmegaConf
-
-    from tasks.engine.run import build_data, build_task, quiet
-    from zoo.pretrained.weights import load_weights, read_card, resolve, swap_layers
-
-    quiet()
-    path = resolve(name)
-    card = read_card(path)
-    if "config" not in card:
-        raise WeightsError(f"the card of {name} holds no configuration, so its data cannot be built")
-    cfg = OmegaConf.create(card["config"])
-    data = build_data(cfg)
-    task, _ = build_task(cfg, data)
-    swap_layers(task.model, card)
-    load_weights(task.model, path)
+    task, data, cfg, _ = trained(name)
     if task.loss_split is None:
         raise ConfigError(
             f"task {cfg.task.name} trains on no batches of data; call zoo.analysis.sinks and head_importance from Python with a loss "

@@ -5,26 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 
+from zoo.cli._trained import trained
 from zoo.errors import WeightsError, ZooError
 
 
 def reproduce(name: str) -> tuple[dict[str, float], dict[str, float]]:
     """The card's test metrics and the ones measured now; speeds (real-time factors) are not among them."""
-    from omegaconf import OmegaConf
-
-    from tasks.engine.run import build_data, build_task, quiet
-    from zoo.pretrained.weights import load_weights, read_card, resolve, swap_layers
-
-    quiet()
-    path = resolve(name)
-    card = read_card(path)
-    if "config" not in card:
-        raise WeightsError(f"the card of {name} holds no configuration, so its test cannot be repeated")
-    cfg = OmegaConf.create(card["config"])
-    data = build_data(cfg)
-    task, _ = build_task(cfg, data)
-    swap_layers(task.model, card)
-    load_weights(task.model, path)
+    task, data, cfg, card = trained(name)
     recorded, found = (split.get("sha256") or {} for split in (card["data"]["split"], data.split_record()))
     if recorded.get("test") != found.get("test"):
         raise WeightsError(f"the test split of {name} is not the one of its card; the data have changed")
